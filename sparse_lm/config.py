@@ -1,0 +1,305 @@
+"""What can be set: nested dataclasses, units in the comments. Imports no jax.
+
+A config file in `configs/` has a function `get_config()` that returns a `Config`. The command line sets single fields
+(`--config.model.experts=16`). Then `resolve` fills in what is derived, checks what can be checked without devices, and
+freezes the result. 0 or "" in a field with a derived value means "derive it".
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from sparse_lm.errors import UserError, nearest
+
+
+class Node:
+    """A part of a config; it can be written to until `freeze`."""
+
+    def __setattr__(self, name: str, value: Any):
+        if getattr(self, "_frozen", False):
+            raise AttributeError(f"the config is frozen: {name} can't be set; use dataclasses.replace and resolve")
+        object.__setattr__(self, name, value)
+
+    def freeze(self) -> Self:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Node):
+                value.freeze()
+            elif isinstance(value, ConfigDict) and not isinstance(value, FrozenConfigDict):
+                object.__setattr__(self, f.name, FrozenConfigDict(value))
+        object.__setattr__(self, "_frozen", True)
+        return self
+
+
+@dataclass
+class Choice(Node):
+    """One of the registered things by name, and its options (`--config.model.router.options.jitter=0.1`)."""
+
+    name: str
+    options: ConfigDict = field(default_factory=ConfigDict)
+
+
+def choice(name: str, **options) -> Choice:
+    return Choice(name, ConfigDict(options))
+
+
+@dataclass
+class Model(Node):
+    vocabulary: int = 2048  # V, tokens
+    width: int = 128  # D
+    layers: int = 4
+    heads: int = 4  # H
+    kv_heads: int = 0  # key and value heads; 0: as many as heads
+    head_width: int = 0  # 0: width / heads
+    ffn_width: int = 512  # hidden width of a dense feed-forward layer
+    activation: str = "gelu"  # gelu, or gated with a third matrix: geglu, swiglu
+    tied_embeddings: bool = True  # the output layer is the transposed embedding
+    rope_base: float = 10_000.0
+    init_scale: float = 1.0  # s in the standard deviation sqrt(s / fan_in) of every matrix; Switch uses 0.1
+    dropout: float = 0.0  # on the embedding and on each residual branch
+    dtype: str = "float32"  # of the computation: float32 or bfloat16; parameters are always float32
+    remat: str = "none"  # what the backward pass computes again: none, dots (all but matrix products), full
+    scan: bool = True  # layers in one compiled loop; False unrolls it
+
+    experts: int = 0  # E in each expert layer; 0: a dense feed-forward layer of expert_width in its place
+    expert_width: int = 0  # F, hidden width of one expert; 0: ffn_width
+    expert_every: int = 2  # every n-th feed-forward layer is an expert layer
+    dense_first: int = 0  # dense layers before the first period of expert_every layers
+    top_k: int = 1  # K, experts per token
+    router: Choice = field(default_factory=lambda: choice("switch"))
+    executor: str = "gather"  # how the experts are computed: einsum, gather
+    capacity_factor: float = 1.25  # places per expert in training, over an even share; inf: nothing is dropped
+    eval_capacity_factor: float = 2.0  # the same in evaluation
+    group_size: int = 0  # S, tokens that compete for the same places; 0: one row of data.length
+    expert_dropout: float = 0.0  # on the hidden units of experts
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in ("geglu", "swiglu")
+
+    @property
+    def periods(self) -> int:
+        """How many times the period of expert_every layers is repeated after the dense_first ones."""
+        return (self.layers - self.dense_first) // self.expert_every
+
+    def is_expert_layer(self, layer: int) -> bool:
+        """Whether layer (0, 1, …) is an expert layer, or holds the dense layer in its place: the last of each period."""
+        return layer >= self.dense_first and (layer - self.dense_first) % self.expert_every == self.expert_every - 1
+
+    def layer_width(self, layer: int) -> int:
+        """Hidden width of the layer's feed-forward part, of one expert where it has experts."""
+        return self.expert_width if self.is_expert_layer(layer) else self.ffn_width
+
+
+def capacity(tokens: int, experts: int, top_k: int, factor: float) -> int:
+    """Places per expert and group, C: an even share of the choices times the factor, rounded up, at most all tokens.
+
+    Fedus et al. 2021, equation 3. Rounded up, so that a factor of 1 always has a place for every choice of an even
+    routing. A factor of inf is dropless: no expert can be named more often than there are tokens.
+    """
+    if math.isinf(factor):
+        return tokens
+    return min(tokens, math.ceil(round(factor * top_k * tokens / experts, 6)))
+
+
+@dataclass
+class Data(Node):
+    sources: tuple[str, ...] = ("stdlib",)  # stdlib, folder:PATH, tfds:NAME; ?weight=2&max_epochs=4&field=text follows
+    tokenizer: str = ""  # a tokenizer.json or SentencePiece .model; "": byte-level BPE trained on the sources
+    length: int = 256  # L, tokens per row
+
+
+@dataclass
+class Mesh(Node):
+    """Devices along each axis of the mesh; -1 takes what is left."""
+
+    data: int = -1  # copies of the parameters, each with its share of the batch
+    fsdp: int = 1  # the batch, and the parameters by width
+    expert: int = 1  # the batch, and experts with the tokens sent to them
+    tensor: int = 1  # heads, hidden units and vocabulary
+
+
+@dataclass
+class Group(Node):
+    """Multiples of the optimizer's learning rate and weight decay for one group of parameters."""
+
+    learning_rate: float = 1.0
+    weight_decay: float = 1.0
+
+
+@dataclass
+class Optimizer(Node):
+    algorithm: Choice = field(default_factory=lambda: choice("adamw"))  # adamw, adafactor, muon
+    learning_rate: float = 3e-3  # peak
+    weight_decay: float = 0.1  # per step, times the learning rate; norms and biases have none
+    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+    schedule: Choice = field(default_factory=lambda: choice("cosine"))  # cosine, rsqrt, wsd, constant
+    warmup_steps: int = 100
+    embedding: Group = field(default_factory=Group)
+    router: Group = field(default_factory=Group)
+    experts: Group = field(default_factory=Group)
+    rest: Group = field(default_factory=Group)
+
+
+@dataclass
+class Training(Node):
+    steps: int = 1000
+    batch: int = 16  # B, rows per step over all devices
+    accumulation: int = 1  # microbatches that a step's gradient is summed over
+    seed: int = 0  # of initial weights, order of the data, jitter and dropout
+    max_skipped: int = 10  # steps in a row with a non-finite gradient before the run ends
+    watchdog: float = 600.0  # seconds without a finished step after which the run says where it hangs; 0: never
+
+
+@dataclass
+class Evaluation(Node):
+    every: int = 100  # steps; the last step is always evaluated
+    rows: int = 256  # rows of each split; 0: all
+    splits: tuple[str, ...] = ("validation", "heldout_domain")
+
+
+@dataclass
+class Checkpoints(Node):
+    every: int = 200  # steps; 0: none but at the end and on a signal
+    keep: int = 2  # newest ones, and the best by validation loss besides
+
+
+@dataclass
+class Logging(Node):
+    every: int = 10  # steps
+    progress: bool = True  # a progress bar when the output is a terminal, a line now and then otherwise
+    tensorboard: bool = False
+
+
+@dataclass
+class Config(Node):
+    name: str = ""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    mesh: Mesh = field(default_factory=Mesh)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    logging: Logging = field(default_factory=Logging)
+    cache: str = "~/.cache/sparse_lm"  # prepared data, tokenizers and compiled programs
+
+
+def resolve(config: Config) -> Config:
+    """A frozen copy with derived values filled in; resolving twice changes nothing. Raises `UserError`."""
+    config = from_dict(to_dict(config))
+    model = config.model
+    model.kv_heads = model.kv_heads or model.heads
+    if not model.head_width:
+        _divides("model.width", model.width, "model.heads", model.heads)
+        model.head_width = model.width // model.heads
+    model.expert_width = model.expert_width or model.ffn_width
+    model.group_size = model.group_size or config.data.length
+    _check(config)
+    return config.freeze()
+
+
+def _check(config: Config) -> None:
+    model, training = config.model, config.training
+    positive = {
+        "model": ("vocabulary", "width", "layers", "heads", "kv_heads", "head_width", "ffn_width", "expert_width",
+                  "expert_every", "top_k", "group_size", "capacity_factor", "eval_capacity_factor", "init_scale"),
+        "data": ("length",),
+        "training": ("batch", "accumulation", "max_skipped"),
+        "optimizer": ("learning_rate",),
+        "logging": ("every",),
+        "evaluation": ("every",),
+        "checkpoints": ("keep",),
+    }  # fmt: skip
+    for part, names in positive.items():
+        for name in names:
+            if not (value := getattr(getattr(config, part), name)) > 0:
+                raise UserError(f"{part}.{name} is {value}; it must be above 0")
+    for path, valid in {
+        "model.activation": ("gelu", "geglu", "swiglu"),
+        "model.dtype": ("float32", "bfloat16"),
+        "model.remat": ("none", "dots", "full"),
+    }.items():
+        part, name = path.split(".")
+        if (value := getattr(getattr(config, part), name)) not in valid:
+            raise UserError(f"{path} is {value!r}{nearest(value, valid)}")
+    for path in ("model.dropout", "model.expert_dropout"):
+        if not 0 <= (value := getattr(model, path.split(".")[1])) < 1:
+            raise UserError(f"{path} is {value}; it must be at least 0 and below 1")
+    _divides("model.heads", model.heads, "model.kv_heads", model.kv_heads)
+    if model.head_width % 2:
+        raise UserError(f"model.head_width is {model.head_width}; rotary positions need an even number")
+    if (rest := (model.layers - model.dense_first) % model.expert_every) or model.layers <= model.dense_first:
+        raise UserError(
+            f"model.layers is {model.layers}: after model.dense_first={model.dense_first} it must be a multiple of "
+            f"model.expert_every={model.expert_every}; the nearest is {max(model.layers - rest, model.dense_first + model.expert_every)}"
+        )
+    if model.experts < 0:
+        raise UserError(f"model.experts is {model.experts}; it must be 0 (dense) or above")
+    if model.experts and model.top_k > model.experts:
+        raise UserError(f"model.top_k is {model.top_k}, above model.experts={model.experts}")
+    _divides("training.batch", training.batch, "training.accumulation", training.accumulation)
+    if model.experts:
+        tokens = training.batch // training.accumulation * config.data.length
+        _divides(f"training.batch / training.accumulation × data.length, {tokens} tokens,", tokens, "model.group_size", model.group_size)
+    if training.steps < 1:
+        raise UserError(f"training.steps is {training.steps}; it must be at least 1")
+
+
+def _divides(what: str, value: int, by: str, divisor: int) -> None:
+    """Raises unless value is a multiple of divisor, naming the nearest divisor that would do."""
+    if value % divisor:
+        fitting = min((d for d in range(1, value + 1) if value % d == 0), key=lambda d: abs(d - divisor))
+        raise UserError(f"{by} is {divisor}, which does not divide {what} {value}; the nearest that does is {fitting}")
+
+
+def to_dict(config: Any) -> Any:
+    """The config as plain dicts, lists and numbers, as stored in config.json."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, ConfigDict):
+        return config.to_dict()
+    return list(config) if isinstance(config, tuple) else config
+
+
+def from_dict(values: dict, kind: type = Config) -> Any:
+    """The config that `to_dict` came from, unfrozen."""
+    made = {}
+    for f in dataclasses.fields(kind):
+        value = values[f.name]
+        if dataclasses.is_dataclass(f.type):
+            value = from_dict(value, f.type)
+        elif f.type is ConfigDict:
+            value = ConfigDict(value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        made[f.name] = value
+    return kind(**made)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The fields that make a run the run it is, flat; the others (mesh, length, logging, …) may change on the way."""
+    values = to_dict(config)
+    values["training"] = {k: values["training"][k] for k in ("batch", "seed")}
+    flat = {}
+
+    def walk(prefix: str, value: Any):
+        if isinstance(value, dict):
+            for k, v in value.items():
+                walk(f"{prefix}.{k}", v)
+        else:
+            flat[prefix] = value
+
+    for part in ("model", "data", "optimizer", "training"):
+        walk(part, values[part])
+    return flat
+
+
+def digest(values: Any) -> str:
+    """A short hash of JSON-able values, for cache keys and fingerprints."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
