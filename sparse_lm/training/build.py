@@ -1,0 +1,216 @@
+"""From a config and a mesh to everything a run is made of: abstract state, step, evaluation, shardings.
+
+The loop, the TPU compiler, tests and benchmarks all call `build`. Nothing is allocated before `init` is called.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sparse_lm import config as configs
+from sparse_lm.mesh import check, constrain, sharding
+from sparse_lm.models import Functional, functional
+from sparse_lm.routing.health import health
+from sparse_lm.training.loss import Batch, loss
+from sparse_lm.training.optimizer import make_optimizer
+from sparse_lm.training.schedules import schedule
+
+
+class TrainState(NamedTuple):
+    """All that a step changes. Randomness is a function of the seed and the step, so no key is in it."""
+
+    step: jax.Array  # steps done, int32
+    parameters: dict  # float32
+    optimizer: Any
+    router: dict
+    tokens: jax.Array  # trained on so far, in two int32: millions, and the rest
+    skipped: jax.Array  # steps skipped for a non-finite gradient, int32
+    skipped_in_a_row: jax.Array
+
+
+@dataclass(frozen=True)
+class Build:
+    config: configs.Config
+    mesh: Mesh
+    functional: Functional
+    abstract_state: TrainState  # of jax.ShapeDtypeStruct with shardings
+    abstract_batch: Batch
+    init: Callable[[], TrainState]  # the state of step 0, created sharded
+    step: Callable[..., tuple[TrainState, dict]]  # (state, batch) -> (state, metrics); the state given is donated
+    record: Callable[..., tuple[TrainState, dict, dict]]  # a step that also returns token losses and experts chosen
+    evaluate: Callable[..., dict]  # (parameters, router state, batch) -> sums at both capacities
+
+
+def build(config: configs.Config, mesh: Mesh) -> Build:
+    """Raises `UserError` where the config does not fit the mesh or names something that does not exist."""
+    check(config, mesh)
+    model, training = config.model, config.training
+    fns = functional(model)
+    optimizer = make_optimizer(config, fns.axes)
+    learning_rate = schedule(config)
+
+    def init() -> TrainState:
+        parameters = fns.init(jax.random.key(training.seed))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(
+            zero, parameters, optimizer.init(parameters), fns.init_router_state(), jnp.zeros(2, jnp.int32), zero, zero
+        )
+
+    def record(state: TrainState, batch: Batch, given=None) -> tuple[TrainState, dict, dict]:
+        key = jax.random.fold_in(jax.random.key(training.seed), state.step)
+
+        def part(batch, key, given):
+            differentiate = jax.value_and_grad(loss, has_aux=True)
+            (_, seen), gradient = differentiate(
+                state.parameters, fns, state.router, batch, model.capacity_factor, key, given
+            )
+            return (gradient, seen.pop("sums")), seen
+
+        (gradient, sums), seen = accumulate(part, batch, key, given, training.accumulation)
+        tokens = jnp.maximum(sums["tokens"], 1)
+        gradient = jax.tree.map(lambda g: g / tokens, gradient)
+        norm = optax.global_norm(gradient)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
+        statistics = sums.pop("statistics", {})
+        after = (
+            optax.apply_updates(state.parameters, updates),
+            optimizer_state,
+            fns.update_router_state(state.router, statistics),
+        )
+        # A step with a non-finite gradient changes nothing but the counts.
+        finite = jnp.isfinite(norm)
+        keep = lambda new, old: jnp.where(finite, new, old)
+        parameters, optimizer_state, router = jax.tree.map(keep, after, (state.parameters, state.optimizer, state.router))
+        count = state.tokens + jnp.array([0, 1]) * sums["tokens"].astype(jnp.int32)
+        new = TrainState(
+            step=state.step + 1,
+            parameters=parameters,
+            optimizer=optimizer_state,
+            router=router,
+            tokens=jnp.stack([count[0] + count[1] // 10**6, count[1] % 10**6]),
+            skipped=state.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        per_token = {n: sums[n] / tokens for n in ("cross_entropy", "balance_loss", "z_loss") if n in sums}
+        metrics = {
+            "loss": sum(per_token.values()),
+            **per_token,
+            "grad_norm": norm,
+            "learning_rate": learning_rate(state.step),
+            "tokens": new.tokens,
+            "skipped": new.skipped,
+            "skipped_in_a_row": new.skipped_in_a_row,
+            "routing": health(statistics) if statistics else {},
+        }
+        return new, metrics, seen
+
+    def evaluate(parameters: dict, router: dict, batch: Batch) -> dict:
+        run = lambda factor: loss(parameters, fns, router, batch, factor, None)[1]["sums"]
+        sums = run(model.eval_capacity_factor)
+        same = not model.experts or model.capacity_factor == model.eval_capacity_factor
+        at_train_capacity = sums if same else run(model.capacity_factor)
+        names = ("cross_entropy", "tokens", "bytes")
+        return {n: sums[n] for n in names} | {"cross_entropy_train_capacity": at_train_capacity["cross_entropy"]}
+
+    abstract_state = _abstract_state(jax.eval_shape(init), fns.axes, mesh)
+    states = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    rows = (training.batch, config.data.length)
+    field = lambda shape: jax.ShapeDtypeStruct(
+        shape, jnp.int32, sharding=sharding(mesh, "batch", *[None] * (len(shape) - 1))
+    )
+    abstract_batch = {name: field(rows) for name in ("inputs", "targets", "segments", "positions")}
+    abstract_batch["bytes"] = field(rows[:1])
+    batches = jax.tree.map(lambda leaf: leaf.sharding, abstract_batch)
+
+    def compiled(function: Callable, **options) -> Callable:
+        jitted = jax.jit(function, **options)
+
+        def call(*args):
+            with jax.set_mesh(mesh):
+                return jitted(*args)
+
+        call.lower = lambda *args: _lower(jitted, mesh, args)
+        return call
+
+    step_options = dict(in_shardings=(states, batches), donate_argnums=0)
+    return Build(
+        config,
+        mesh,
+        fns,
+        abstract_state,
+        abstract_batch,
+        init=compiled(init, out_shardings=states),
+        step=compiled(lambda s, b: record(s, b)[:2], out_shardings=(states, everywhere), **step_options),
+        record=compiled(record, out_shardings=(states, everywhere, None)),
+        evaluate=compiled(evaluate, in_shardings=(states.parameters, states.router, batches), out_shardings=everywhere),
+    )
+
+
+def _lower(jitted: Callable, mesh: Mesh, args: tuple) -> jax.stages.Lowered:
+    with jax.set_mesh(mesh):
+        return jitted.lower(*args)
+
+
+def accumulate(part: Callable, batch: Batch, key: jax.Array, given: Any, parts: int) -> tuple[Any, Any]:
+    """part(batch, key, given) -> (to add up, to stack), over the parts of a batch: the gradient of a whole batch with
+    the memory of one part. Row r is in part r mod parts, so that every device keeps the rows that it has.
+    """
+    split = lambda x: constrain(
+        x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), None, "batch", *[None] * (x.ndim - 1)
+    )
+    inputs = (jax.tree.map(split, batch), jax.random.split(key, parts), given)
+    if parts == 1:
+        total, seen = part(*jax.tree.map(lambda x: x[0], inputs))
+        return total, jax.tree.map(lambda x: x[None], seen)
+    shapes = jax.eval_shape(lambda i: part(*jax.tree.map(lambda x: x[0], i))[0], inputs)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total, inputs):
+        one, seen = part(*inputs)
+        return jax.tree.map(jnp.add, total, one), seen
+
+    return jax.lax.scan(add, zeros, inputs)
+
+
+def _abstract_state(state: TrainState, axes: dict, mesh: Mesh) -> TrainState:
+    """The state with shardings: each parameter by its axes, and each array of the optimizer by those of its parameter."""
+    named = {_names(path): value for path, value in jax.tree.leaves_with_path(axes, is_leaf=lambda a: isinstance(a, tuple))}
+    shapes = {_names(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(state.parameters)}
+
+    def place(path, leaf):
+        names = _names(path)
+        for start in range(len(names)):
+            for stop in range(len(names), start, -1):
+                if (parameter := names[start:stop]) in named:
+                    fitting = _matching_axes(leaf.shape, shapes[parameter], named[parameter])
+                    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, *fitting))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map_with_path(place, state)
+
+
+def _names(path: tuple) -> tuple:
+    return tuple(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path)
+
+
+def _matching_axes(shape: tuple, of: tuple, axes: tuple[str, ...]) -> list[str | None]:
+    """The axes of an array whose shape is a subsequence of its parameter's (a factored moment lacks a dimension)."""
+    left = list(zip(of, axes))
+    found = []
+    for size in shape:
+        while left and left[0][0] != size:
+            left.pop(0)
+        found.append(left.pop(0)[1] if left else None)
+    return found
+
+
+def count_tokens(tokens: np.ndarray) -> int:
+    """The number that the two int32 of `TrainState.tokens` stand for."""
+    return int(tokens[0]) * 10**6 + int(tokens[1])
