@@ -88,7 +88,7 @@ class Model(Node):
         return (self.layers - self.dense_first) // self.expert_every
 
     def is_expert_layer(self, layer: int) -> bool:
-        """Whether layer (0, 1, …) is an expert layer, or holds the dense layer in its place: the last of each period."""
+        """Whether layer (0, 1, …) is an expert layer or the dense one in its place: the last of each period."""
         return layer >= self.dense_first and (layer - self.dense_first) % self.expert_every == self.expert_every - 1
 
     def layer_width(self, layer: int) -> int:
@@ -234,10 +234,12 @@ def _check(config: Config) -> None:
     _divides("model.heads", model.heads, "model.kv_heads", model.kv_heads)
     if model.head_width % 2:
         raise UserError(f"model.head_width is {model.head_width}; rotary positions need an even number")
-    if (rest := (model.layers - model.dense_first) % model.expert_every) or model.layers <= model.dense_first:
+    after = model.layers - model.dense_first
+    if after % model.expert_every or after < 1:
+        nearest_fit = model.dense_first + max(1, round(after / model.expert_every)) * model.expert_every
         raise UserError(
             f"model.layers is {model.layers}: after model.dense_first={model.dense_first} it must be a multiple of "
-            f"model.expert_every={model.expert_every}; the nearest is {max(model.layers - rest, model.dense_first + model.expert_every)}"
+            f"model.expert_every={model.expert_every}; the nearest is {nearest_fit}"
         )
     if model.experts < 0:
         raise UserError(f"model.experts is {model.experts}; it must be 0 (dense) or above")
@@ -246,7 +248,12 @@ def _check(config: Config) -> None:
     _divides("training.batch", training.batch, "training.accumulation", training.accumulation)
     if model.experts:
         tokens = training.batch // training.accumulation * config.data.length
-        _divides(f"training.batch / training.accumulation × data.length, {tokens} tokens,", tokens, "model.group_size", model.group_size)
+        _divides(
+            f"training.batch / training.accumulation × data.length, {tokens} tokens,",
+            tokens,
+            "model.group_size",
+            model.group_size,
+        )
     if training.steps < 1:
         raise UserError(f"training.steps is {training.steps}; it must be at least 1")
 

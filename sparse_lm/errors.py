@@ -1,4 +1,4 @@
-"""The one exception for a mistake of the user's, and the nearest valid name."""
+"""The exceptions that a command answers with one line, and the nearest valid name."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,18 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """What was wrong, where, and what would be right, on one line. Commands print it and exit with code 2."""
+
+
+class RunFailed(Exception):
+    """A run that can't go on through no mistake on the command line. Printed on one line; exit code 1."""
+
+
+class Stopped(Exception):
+    """A run that was asked to stop by a signal and has saved its state. exit_code is 128 + the signal's number."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

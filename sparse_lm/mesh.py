@@ -11,8 +11,8 @@ from sparse_lm.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
-# Rows and routing groups are divided over three axes. An expert layer sends each group's tokens to the devices that hold
-# their experts: the expert axis then divides the experts, and the groups stay divided over the other two.
+# Rows and routing groups are divided over three axes. An expert layer sends each group's tokens to the devices that
+# hold their experts: the expert axis then divides the experts, and the groups stay divided over the other two.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "groups": ("data", "fsdp", "expert"),
@@ -46,7 +46,9 @@ def make_mesh(mesh: configs.Mesh, devices: Sequence[jax.Device] | None = None) -
     if -1 in sizes and len(devices) % product == 0:
         sizes[sizes.index(-1)] = len(devices) // product
     elif -1 in sizes or product != len(devices):
-        raise UserError(f"{written} needs {'a multiple of ' if -1 in sizes else ''}{product} devices; there are {len(devices)}")
+        raise UserError(
+            f"{written} needs {'a multiple of ' if -1 in sizes else ''}{product} devices; there are {len(devices)}"
+        )
     if devices[0].platform == "tpu":  # neighbours in the mesh are neighbours on the torus
         return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
     return jax.sharding.Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -67,7 +69,9 @@ def check(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
     if model.experts:
         checks.append(("experts", ("model.experts", model.experts)))
         groups = batch * config.data.length // model.group_size
-        checks.append(("groups", ("the number of routing groups in a step (rows × data.length / model.group_size)", groups)))
+        checks.append(
+            ("groups", ("the number of routing groups in a step (rows × data.length / model.group_size)", groups))
+        )
     for axis, (name, size) in checks:
         parts = int(np.prod([mesh.shape[m] for m in RULES[axis]]))
         if size % parts:

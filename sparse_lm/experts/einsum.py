@@ -1,7 +1,7 @@
-"""Dispatch and combine by one-hot masks contracted with einsum: the formulation of Mesh-TensorFlow, GShard and Switch.
+"""Dispatch and combine by one-hot masks contracted with einsum, as in Mesh-TensorFlow, GShard and Switch.
 
-Costs G S E C D multiply-adds for each of dispatch and combine, so groups are best kept to some hundreds of tokens. Every
-operation is a product, which a mesh of any shape divides well.
+Costs G S E C D multiply-adds for each of dispatch and combine, so groups are best kept to some hundreds of tokens.
+Every operation is a product, which a mesh of any shape divides well.
 """
 
 from collections.abc import Callable

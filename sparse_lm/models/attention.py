@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions (Ainslie et al. 2023, arXiv 2305.13245; Su et al. 2021, arXiv 2104.09864)."""
+"""Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) and rotary positions (Su et al. 2021, 2104.09864)."""
 
 from typing import NamedTuple
 

@@ -5,6 +5,7 @@ stacked over the n repeats, and the repeats are scanned.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -64,10 +65,11 @@ class Decoder(nnx.Module):
         """Logits of the next token at every position.
 
         router_state: what `Functional.init_router_state` gave, or a later one. key: turns on what training does at
-        random (jitter, dropout). given: experts of each expert layer instead of the router's own. caches: keys and values
-        of the layers, as `Functional.init_caches` makes them.
+        random (jitter, dropout). given: experts of each expert layer instead of the router's own. caches: keys and
+        values of the layers, as `Functional.init_caches` makes them.
         """
         model = self.model
+        router_state = router_state.get("period", {}).get(model.expert_every - 1, {})
         prefix_caches, period_caches = ([None] * model.dense_first, None) if caches is None else caches
         table = self.embedding[...].astype(model.dtype)
         x = constrain(jnp.take(table, ids, axis=0) * model.width**0.5, "batch", None, None)
@@ -113,7 +115,8 @@ def _remat(function: Callable, policy: str) -> Callable:
     return jax.checkpoint(function, policy=saved, prevent_cse=False)
 
 
-class Functional(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Functional:
     """A decoder as pure functions of its parameters, a nested dict of arrays.
 
     axes: the same nested dict with the axis names of each parameter, "layers" first where it is stacked.
@@ -122,7 +125,7 @@ class Functional(NamedTuple):
     init: Callable[[jax.Array], dict]  # key -> parameters, float32
     apply: Callable[..., Output]  # (parameters, *arguments of Decoder.__call__) -> Output
     axes: dict
-    init_router_state: Callable[[], dict]
+    init_router_state: Callable[[], dict]  # at the path of its layers' parameters, stacked as they are; {} where none
     update_router_state: Callable[[dict, dict], dict]  # (state, statistics of a batch) -> state
     init_caches: Callable[[int, int], Any]  # (rows B, positions T) -> empty caches
 
@@ -141,9 +144,15 @@ def functional(model: configs.Model) -> Functional:
     router = expert_layer.feed_forward.router if expert_layer.sparse else None
 
     def init_router_state():
-        if router is None:
-            return {}
-        return jax.tree.map(lambda leaf: jnp.stack([leaf] * model.periods), router.init_state())
+        state = router.init_state() if router else {}
+        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * model.periods), state)
+        return {"period": {model.expert_every - 1: stacked}} if state else {}
+
+    def update_router_state(state, statistics):
+        if not state:
+            return state
+        place = model.expert_every - 1
+        return {"period": {place: jax.vmap(router.update)(state["period"][place], statistics)}}
 
     def init_caches(rows: int, positions: int):
         shape = (rows, positions, model.kv_heads, model.head_width)
@@ -155,6 +164,6 @@ def functional(model: configs.Model) -> Functional:
         apply=lambda parameters, *args, **kwargs: nnx.merge(graph, nnx.State(parameters))(*args, **kwargs),
         axes=axes,
         init_router_state=init_router_state,
-        update_router_state=lambda state, statistics: {} if router is None else jax.vmap(router.update)(state, statistics),
+        update_router_state=update_router_state,
         init_caches=init_caches,
     )

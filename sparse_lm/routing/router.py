@@ -18,14 +18,14 @@ class Router(nnx.Module):
     """
 
     def __init__(self, model: configs.Model, rngs: nnx.Rngs):
-        self.kernel = matrix(rngs, (model.width, model.experts), ("width", "router_experts"), fan_in=model.width, scale=model.init_scale)
+        self.kernel = matrix(
+            rngs, (model.width, model.experts), ("width", "router_experts"), fan_in=model.width, scale=model.init_scale
+        )
 
     def logits(self, x: Float[Array, "G S D"]) -> Float[Array, "G S E"]:
         """Scores in float32 at the highest precision, whatever the rest computes in (selective precision, Fedus et al.
         2021, section 2.4). The cast alone is not enough: a TPU multiplies float32 in bfloat16 passes by default."""
-        return jnp.einsum(
-            "gsd,de->gse", x.astype(jnp.float32), self.kernel[...], precision=jax.lax.Precision.HIGHEST
-        )
+        return jnp.einsum("gsd,de->gse", x.astype(jnp.float32), self.kernel[...], precision=jax.lax.Precision.HIGHEST)
 
     def init_state(self) -> dict[str, jax.Array]:
         return {}
@@ -44,8 +44,8 @@ class Router(nnx.Module):
     ) -> Routing:
         """Routes G groups of S tokens.
 
-        x: the tokens' features; ids: their token ids, for routers that look at the text; valid: False for padding, which
-        gets no expert and enters no loss and no statistic; key: randomness while training, None in evaluation; given:
-        experts to take instead of the router's own, as recorded in another run. Weights are computed from x all the same.
+        x: the tokens' features. ids: their token ids, for routers that look at the text. valid: False for padding,
+        which gets no expert and enters no loss and no statistic. key: randomness while training, None in evaluation.
+        given: experts to take instead of the router's own, as recorded before; weights come from x all the same.
         """
         raise NotImplementedError(type(self).__name__)

@@ -19,8 +19,8 @@ class Switch(Router):
     pseudocode adds it to the logits), and an expert takes as many tokens as its capacity (the pseudocode, one fewer).
 
     jitter: the input is multiplied by noise uniform in [1 - jitter, 1 + jitter] while training.
-    balance_loss: α of equations 4 to 6, the loss α E Σ_e f_e P_e with f_e the share of a group's tokens that chose e and
-        P_e the group's mean probability of e. It is 1 · α when both are even.
+    balance_loss: α of equations 4 to 6, the loss α E Σ_e f_e P_e with f_e the share of a group's tokens that chose e
+        and P_e the group's mean probability of e. It is α when both are even.
     z_loss: coefficient of the mean squared logsumexp of the logits (Zoph et al. 2022, arXiv 2202.08906, equation 5).
     """
 

@@ -17,6 +17,7 @@ from sparse_lm import config as configs
 from sparse_lm.mesh import check, constrain, sharding
 from sparse_lm.models import Functional, functional
 from sparse_lm.routing.health import health
+from sparse_lm.training.layout import names
 from sparse_lm.training.loss import Batch, loss
 from sparse_lm.training.optimizer import make_optimizer
 from sparse_lm.training.schedules import schedule
@@ -34,7 +35,7 @@ class TrainState(NamedTuple):
     skipped_in_a_row: jax.Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Build:
     config: configs.Config
     mesh: Mesh
@@ -86,7 +87,9 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
         # A step with a non-finite gradient changes nothing but the counts.
         finite = jnp.isfinite(norm)
         keep = lambda new, old: jnp.where(finite, new, old)
-        parameters, optimizer_state, router = jax.tree.map(keep, after, (state.parameters, state.optimizer, state.router))
+        parameters, optimizer_state, router = jax.tree.map(
+            keep, after, (state.parameters, state.optimizer, state.router)
+        )
         count = state.tokens + jnp.array([0, 1]) * sums["tokens"].astype(jnp.int32)
         new = TrainState(
             step=state.step + 1,
@@ -122,9 +125,7 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
     states = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     everywhere = NamedSharding(mesh, PartitionSpec())
     rows = (training.batch, config.data.length)
-    field = lambda shape: jax.ShapeDtypeStruct(
-        shape, jnp.int32, sharding=sharding(mesh, "batch", *[None] * (len(shape) - 1))
-    )
+    field = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding(mesh, "batch"))
     abstract_batch = {name: field(rows) for name in ("inputs", "targets", "segments", "positions")}
     abstract_batch["bytes"] = field(rows[:1])
     batches = jax.tree.map(lambda leaf: leaf.sharding, abstract_batch)
@@ -180,24 +181,22 @@ def accumulate(part: Callable, batch: Batch, key: jax.Array, given: Any, parts: 
 
 
 def _abstract_state(state: TrainState, axes: dict, mesh: Mesh) -> TrainState:
-    """The state with shardings: each parameter by its axes, and each array of the optimizer by those of its parameter."""
-    named = {_names(path): value for path, value in jax.tree.leaves_with_path(axes, is_leaf=lambda a: isinstance(a, tuple))}
-    shapes = {_names(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(state.parameters)}
+    """The state with shardings: each parameter by its axes, each array of the optimizer by those of its parameter."""
+    named = {
+        names(path): value for path, value in jax.tree.leaves_with_path(axes, is_leaf=lambda a: isinstance(a, tuple))
+    }
+    shapes = {names(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(state.parameters)}
 
     def place(path, leaf):
-        names = _names(path)
-        for start in range(len(names)):
-            for stop in range(len(names), start, -1):
-                if (parameter := names[start:stop]) in named:
+        keys = names(path)
+        for start in range(len(keys)):
+            for stop in range(len(keys), start, -1):
+                if (parameter := keys[start:stop]) in named:
                     fitting = _matching_axes(leaf.shape, shapes[parameter], named[parameter])
                     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, *fitting))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     return jax.tree.map_with_path(place, state)
-
-
-def _names(path: tuple) -> tuple:
-    return tuple(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path)
 
 
 def _matching_axes(shape: tuple, of: tuple, axes: tuple[str, ...]) -> list[str | None]:

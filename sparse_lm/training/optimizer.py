@@ -82,8 +82,8 @@ def muon(
 ) -> optax.GradientTransformation:
     """Muon (Jordan 2024) for the matrices of attention, feed-forward and experts; Adam for embedding, router and norms.
 
-    The orthogonal update is scaled to a root mean square of `rms`, that of Adam's, so that one learning rate serves both
-    (Liu et al. 2025, arXiv 2502.16982, equation 4).
+    The orthogonal update is scaled to a root mean square of `rms`, that of Adam's, so that one learning rate serves
+    both (Liu et al. 2025, arXiv 2502.16982, equation 4).
     """
 
     def make(axes: Axes) -> optax.GradientTransformation:

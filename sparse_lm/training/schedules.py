@@ -33,7 +33,12 @@ def constant(peak: float, warmup: int, steps: int) -> optax.Schedule:
     return optax.constant_schedule(peak)
 
 
-SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {"cosine": cosine, "rsqrt": rsqrt, "wsd": wsd, "constant": constant}
+SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
+    "cosine": cosine,
+    "rsqrt": rsqrt,
+    "wsd": wsd,
+    "constant": constant,
+}
 
 
 def schedule(config: configs.Config) -> optax.Schedule:
@@ -43,4 +48,6 @@ def schedule(config: configs.Config) -> optax.Schedule:
     if warmup >= steps and warmup:
         raise UserError(f"optimizer.warmup_steps is {warmup}; it must be below training.steps={steps}")
     after = create("optimizer.schedule", SCHEDULES, optimizer.schedule, peak, warmup, steps)
-    return lambda count: jnp.where(count < warmup, peak * (count + 1) / max(warmup, 1), after(jnp.maximum(count - warmup, 0)))
+    return lambda count: jnp.where(
+        count < warmup, peak * (count + 1) / max(warmup, 1), after(jnp.maximum(count - warmup, 0))
+    )

@@ -1,0 +1,252 @@
+"""The commands. Each parses, calls one function, and prints."""
+
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from sparse_lm.command_line import define_config
+from sparse_lm.config import resolve
+from sparse_lm.errors import RunFailed, Stopped, UserError, nearest
+
+
+def _run_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "workdir", "", "the run's folder, made where it does not exist (gs://… too)", flag_values=values
+    )
+    flags.DEFINE_string(
+        "init_from", "", "RUN or RUN@STEP: begin with the parameters of another run", flag_values=values
+    )
+    _distributed_flags(values)
+
+
+def _distributed_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_bool(
+        "distributed", False, "one of several processes, which find each other (Cloud TPU, Slurm)", flag_values=values
+    )
+    flags.DEFINE_string(
+        "coordinator", "", "HOST:PORT of process 0, where they do not find each other", flag_values=values
+    )
+    flags.DEFINE_integer("processes", 1, "how many processes, with --coordinator", flag_values=values)
+    flags.DEFINE_integer("process", 0, "which one this is, with --coordinator", flag_values=values)
+
+
+def _saved_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "", "the run's folder", flag_values=values)
+    flags.DEFINE_integer("step", None, "a saved step; by default the newest", flag_values=values)
+
+
+def _compare_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "", "the comparison's folder", flag_values=values)
+    flags.DEFINE_integer("seeds", 1, "runs of each side, which differ in the seed", flag_values=values, lower_bound=1)
+    flags.DEFINE_bool("sweep_learning_rate", False, "find each side's own learning rate first", flag_values=values)
+    flags.DEFINE_float("price_per_hour", None, "of all devices together; adds what each side costs", flag_values=values)
+    _distributed_flags(values)
+
+
+def _generate_flags(values: flags.FlagValues) -> None:
+    _saved_flags(values)
+    flags.DEFINE_string("prompt", "", "the text to continue", flag_values=values)
+    flags.DEFINE_string(
+        "prompts", "", "a folder of .txt files (or a .jsonl file) to continue, with --out", flag_values=values
+    )
+    flags.DEFINE_string("out", "", "the .jsonl file that continuations of --prompts go to", flag_values=values)
+    flags.DEFINE_integer("tokens", 200, "the most new tokens", flag_values=values, lower_bound=1)
+    flags.DEFINE_float("temperature", 0.8, "0: always the most probable token", flag_values=values, lower_bound=0)
+    flags.DEFINE_integer("top_k", 0, "draw among the k most probable tokens; 0: all", flag_values=values, lower_bound=0)
+    flags.DEFINE_float(
+        "top_p", 1.0, "draw among the fewest tokens with this probability together", 0, 1, flag_values=values
+    )
+    flags.DEFINE_integer("seed", 0, "of the draws", flag_values=values)
+
+
+def _train(options: flags.FlagValues) -> None:
+    from sparse_lm import run
+
+    config = resolve(options.config)
+    summary = run.train(config, options.workdir or f"runs/{config.name or 'run'}", options.init_from)
+    if not _primary():
+        return
+    for split, measured in summary["evaluation"].items():
+        print(f"{split}: loss {measured['loss']:.4f} nats per token, {measured['bits_per_byte']:.4f} bits per byte")
+    print(
+        f"{summary['steps']} steps, {summary['tokens']} tokens, {summary['seconds']:.0f} s of training "
+        f"({summary['tokens_per_second']:.0f} tokens per second), goodput {summary['goodput']:.0%}"
+    )
+
+
+def _evaluate(options: flags.FlagValues) -> None:
+    from sparse_lm import run
+
+    print(json.dumps(run.evaluate(_workdir(options), options.step), indent=2))
+
+
+def _compare(options: flags.FlagValues, runs: list[str]) -> None:
+    from sparse_lm import run
+    from sparse_lm.scaling.compare import compare, compare_runs
+    from sparse_lm.scaling.report import summary
+
+    if runs:
+        print(summary(compare_runs(*runs, options.workdir, options.price_per_hour)))
+        return
+    config = resolve(options.config)
+    workdir = options.workdir or f"runs/compare-{config.name or 'run'}"
+    result = compare(config, run.train, workdir, options.seeds, options.sweep_learning_rate, options.price_per_hour)
+    if _primary():
+        print(f"{summary(result)}\n\nwritten: {workdir}/comparison.md, comparison.json and comparison.png")
+
+
+def _generate(options: flags.FlagValues) -> None:
+    from sparse_lm import run
+    from sparse_lm.serving import Generator, Sampling, beyond_training, generate_folder, stream_text
+
+    if bool(options.prompt) == bool(options.prompts) or bool(options.prompts) != bool(options.out):
+        raise UserError("give --prompt=TEXT, or --prompts=FOLDER and --out=FILE.jsonl")
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    model = run.load(_workdir(options), options.step)
+    tokenizer = model.corpus.tokenizer
+    generator = Generator(
+        model.config.model,
+        model.parameters,
+        model.router,
+        end_of_text=tokenizer.end_of_text,
+        max_tokens=options.tokens,
+        sampling=sampling,
+        vocabulary=tokenizer.vocabulary_size,
+        mesh=model.program.mesh,
+    )
+    if options.prompts:
+        longest = generate_folder(generator, tokenizer, options.prompts, options.out, seed=options.seed)
+    else:
+        print(options.prompt, end="", flush=True)
+        for (piece,) in stream_text(generator, tokenizer, [options.prompt], [options.seed]):
+            print(piece, end="", flush=True)
+        print()
+        longest = len(tokenizer.encode(options.prompt)) + options.tokens
+    if warning := beyond_training(longest, model.config.data.length):
+        print(f"WARNING: {warning}", file=sys.stderr)
+
+
+def _info(options: flags.FlagValues) -> None:
+    from sparse_lm.cost.info import info_table
+
+    print(info_table(resolve(options.config)))
+
+
+def _replay(options: flags.FlagValues) -> None:
+    from sparse_lm import replay
+
+    if options.step is None:
+        raise UserError("--step=N is missing, the step to run again")
+    print(replay.describe(replay.replay(_workdir(options), options.step)))
+
+
+def _workdir(options: flags.FlagValues) -> str:
+    if not options.workdir:
+        raise UserError("--workdir=DIR is missing, the folder of a run")
+    return options.workdir
+
+
+def _initialize(options: flags.FlagValues) -> None:
+    """Joins the other processes of a run, before anything asks jax for devices."""
+    import jax
+
+    if options.coordinator:
+        jax.distributed.initialize(options.coordinator, options.processes, options.process)
+    elif options.distributed:
+        jax.distributed.initialize()
+
+
+def _primary() -> bool:
+    import jax
+
+    return jax.process_index() == 0
+
+
+class Command(NamedTuple):
+    about: str
+    define: Callable[[flags.FlagValues], None]
+    run: Callable[..., None]
+    config: bool = False  # whether it takes --config
+    distributed: bool = False  # whether several processes run it together
+
+
+COMMANDS = {
+    "train": Command("train a model, or continue its training", _run_flags, _train, True, True),
+    "evaluate": Command("measure a saved model on held-out text", _saved_flags, _evaluate),
+    "compare": Command(
+        "train a sparse model and its dense twin, or compare RUN_A RUN_B", _compare_flags, _compare, True, True
+    ),
+    "generate": Command("continue a text", _generate_flags, _generate),
+    "info": Command("parameters, FLOPs and memory of a config", lambda values: None, _info, True),
+    "replay": Command("run one step of a run again and look into it", _saved_flags, _replay),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a command. Exits with 2 after a mistake of the user's and with 128 + n after signal n."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("sparse_lm").setLevel(logging.INFO)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA's C++ too
+    try:
+        _dispatch(argv)
+    except UserError as error:
+        _leave(error, 2)
+    except RunFailed as error:
+        _leave(error, 1)
+    except Stopped as error:
+        _leave(error, error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _leave(error, 2)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
+
+
+def _leave(error: Any, code: int) -> None:
+    print(f"sparse-lm: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _underscores(argument: str) -> str:
+    """--init-from=x as --init_from=x; what follows the = stays."""
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
+
+
+def _dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print("usage: sparse-lm COMMAND --FLAG=VALUE …   (sparse-lm COMMAND --help lists the flags)\n")
+        print("\n".join(f"  {name:9} {command.about}" for name, command in COMMANDS.items()))
+        sys.exit(0 if argv else 2)
+    name, *arguments = argv
+    if name not in COMMANDS:
+        raise UserError(f"{name!r} is not a command{nearest(name, COMMANDS)}")
+    command = COMMANDS[name]
+    arguments = [_underscores(a) for a in arguments]
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "show this", flag_values=values, short_name="h")
+    command.define(values)
+    if "--help" in arguments or "-h" in arguments:
+        print(f"usage: sparse-lm {name} --FLAG=VALUE …\n{command.about}\n{values.get_help()}")
+        return
+    runs = [a for a in arguments if not a.startswith("-")] if name == "compare" else []
+    line = [name, *arguments]
+    if command.config and not runs:
+        define_config(values, line)
+    try:
+        rest = values(line)[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    if runs != rest or len(runs) not in (0, 2):
+        raise UserError(f"{' '.join(rest)!r} is not understood; flags are written --flag=value")
+    if command.distributed and not runs:
+        _initialize(values)
+    command.run(values, *([runs] if name == "compare" else []))

@@ -1,0 +1,169 @@
+"""The one wiring file: from a config to a trained run in a folder, and from such a folder back to its parts."""
+
+import contextlib
+import dataclasses
+import logging
+import platform
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from sparse_lm import config as configs
+from sparse_lm import data
+from sparse_lm.errors import UserError, nearest
+from sparse_lm.mesh import make_mesh, sharding
+from sparse_lm.training.actions import Actions
+from sparse_lm.training.build import Build, build
+from sparse_lm.training.checkpoints import Checkpoints
+from sparse_lm.training.clock import Clock
+from sparse_lm.training.loop import loop
+from sparse_lm.training.measures import evaluate as measure
+from sparse_lm.training.progress import Progress
+from sparse_lm.training.run_folder import RunFolder, read_config, read_info
+from sparse_lm.training.snapshot import initial_state, restore, restore_state
+from sparse_lm.training.stopping import StopSignal
+from sparse_lm.training.tensorboard import TensorBoard
+from sparse_lm.training.watchdog import Watchdog
+
+log = logging.getLogger("sparse_lm")
+
+PACKAGES = ("sparse_lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+
+
+def train(config: configs.Config, workdir: str, init_from: str = "") -> dict[str, Any]:
+    """Trains a model in a folder, or continues the training that the folder holds; returns the run's summary.
+
+    init_from: RUN or RUN@STEP, another run's folder, whose parameters a new run begins with. Raises `UserError` for
+    what does not fit, `RunFailed` after too many skipped steps, `Stopped` where a signal ended the run.
+    """
+    config, clock = configs.resolve(config), Clock()
+    steps, batch = config.training.steps, config.training.batch
+    use_compilation_cache(config)
+    program = build(config, make_mesh(config.mesh))
+    with clock.phase("data"):
+        corpus = data.prepare(config)
+    splits, batches = _splits(config, corpus), corpus.train(config.training.seed, batch)
+    if len(batches) < steps:
+        raise UserError(
+            f"training.steps is {steps}; max_epochs of a source allows {len(batches)} steps of {batch} rows"
+        )
+    info = {"fingerprint": corpus.fingerprint, "init_from": init_from, "devices": _devices()}
+    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+    primary = jax.process_index() == 0
+    with contextlib.ExitStack() as entered:
+        enter = entered.enter_context
+        folder = enter(RunFolder(workdir, config, {"versions": versions, **info}, primary))
+        if (summary := folder.summary()) and summary["steps"] >= steps:
+            log.info("%s is finished: %d steps are done; a higher training.steps goes on", workdir, summary["steps"])
+            return summary
+        checkpoints = enter(Checkpoints(folder.checkpoints, config.checkpoints.keep))
+        with clock.phase("restoring"):
+            continued = bool(checkpoints.steps())
+            state = restore_state(program, checkpoints) if continued else initial_state(program, init_from)
+        start = int(state.step)
+        if continued:
+            clock.resume(checkpoints.meta(start)["seconds"])
+            log.info("%s goes on after step %d", workdir, start)
+        folder.rewind(start)
+        with clock.phase("compilation"):
+            step = program.step.lower(program.abstract_state, program.abstract_batch).compile()
+        place = sharding(program.mesh, "batch")
+        actions = Actions(
+            program,
+            corpus,
+            splits,
+            folder,
+            checkpoints,
+            clock,
+            enter(
+                contextlib.closing(
+                    Progress(config.name or str(workdir), start, steps, config.logging.progress and primary)
+                )
+            ),
+            enter(data.Prefetch(lambda i: data.device_batch(batches, i, batch, place), start, steps)),
+            enter(contextlib.closing(TensorBoard(folder.path))) if config.logging.tensorboard and primary else None,
+            enter(StopSignal()),
+            enter(Watchdog(config.training.watchdog)),
+            info,
+        )
+        state = loop(step, state, actions.batches, start, steps, actions.pairs(), actions.watchdog.beat)
+        checkpoints.wait()
+        folder.finish(summary := actions.summary(state))
+        return summary
+
+
+class Loaded(NamedTuple):
+    """A trained model, from the folder of its run."""
+
+    config: configs.Config
+    program: Build
+    corpus: data.Corpus
+    step: int
+    parameters: dict
+    router: dict
+
+
+def load(workdir: str, step: int | None = None) -> Loaded:
+    """The model of a run after a step, by default the newest that was saved, on the devices that there are."""
+    config = on_these_devices(read_config(workdir))
+    use_compilation_cache(config)
+    program = build(config, make_mesh(config.mesh))
+    with Checkpoints(f"{workdir}/checkpoints") as checkpoints:
+        items = restore(program, checkpoints, step, only=("parameters", "router", "position"))
+    corpus = same_corpus(config, workdir)
+    return Loaded(config, program, corpus, int(items["position"]["step"]), items["parameters"], items["router"])
+
+
+def evaluate(workdir: str, step: int | None = None) -> dict[str, Any]:
+    """The measures of a run's saved model on every held-out split of its data, by split, and its step."""
+    loaded = load(workdir, step)
+    splits = [split for split in loaded.corpus.split_names if split != "train"]
+    measured = measure(loaded.program, loaded.corpus, loaded.parameters, loaded.router, splits)
+    return {"step": loaded.step, "evaluation": measured}
+
+
+def use_compilation_cache(config: configs.Config) -> None:
+    """Keeps compiled programs over processes; the second start of a config compiles nothing."""
+    jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.cache).expanduser() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _splits(config: configs.Config, corpus: data.Corpus) -> list[str]:
+    """The splits to evaluate while training. A corpus need not have a held-out domain."""
+    wanted = [s for s in config.evaluation.splits if s in corpus.split_names or s != "heldout_domain"]
+    for split in wanted:
+        if split not in corpus.split_names:
+            raise UserError(
+                f"evaluation.splits names {split!r}, which the data has not{nearest(split, corpus.split_names)}"
+            )
+    return wanted
+
+
+def on_these_devices(config: configs.Config) -> configs.Config:
+    """The config with its mesh where the devices allow it, otherwise with all devices along the data axis."""
+    try:
+        make_mesh(config.mesh)
+        return config
+    except UserError:
+        return configs.resolve(dataclasses.replace(config, mesh=configs.Mesh()))
+
+
+def same_corpus(config: configs.Config, workdir: str) -> data.Corpus:
+    corpus, stored = data.prepare(config), read_info(workdir)["fingerprint"]
+    if corpus.fingerprint != stored:
+        raise UserError(
+            f"the data of {workdir} has changed: its fingerprint was {stored} and is {corpus.fingerprint} now"
+        )
+    return corpus
+
+
+def _devices() -> dict[str, Any]:
+    devices = jax.devices()
+    return {
+        "platform": devices[0].platform,
+        "kind": devices[0].device_kind,
+        "count": len(devices),
+        "processes": jax.process_count(),
+    }
