@@ -215,6 +215,17 @@ def _leave(error: Any, code: int) -> None:
     sys.exit(code)
 
 
+def _help(name: str, command: Command, values: flags.FlagValues) -> str:
+    lines = [f"usage: sparse-lm {name} --FLAG=VALUE …", command.about, ""]
+    if command.config:
+        lines.append("  --config=FILE: a Python file with get_config(), see configs/")
+        lines.append("  --config.PART.FIELD=VALUE: a field of it, see sparse_lm/config.py")
+    for flag in values.get_flags_for_module(__name__):
+        default = f" (by default {flag.value})" if flag.value not in (None, "", False) else ""
+        lines.append(f"  --{flag.name.replace('_', '-')}: {flag.help}{default}")
+    return "\n".join(lines)
+
+
 def _underscores(argument: str) -> str:
     """--init-from=x as --init_from=x; what follows the = stays."""
     name, equals, value = argument.partition("=")
@@ -232,10 +243,9 @@ def _dispatch(argv: list[str]) -> None:
     command = COMMANDS[name]
     arguments = [_underscores(a) for a in arguments]
     values = flags.FlagValues()
-    flags.DEFINE_bool("help", False, "show this", flag_values=values, short_name="h")
     command.define(values)
     if "--help" in arguments or "-h" in arguments:
-        print(f"usage: sparse-lm {name} --FLAG=VALUE …\n{command.about}\n{values.get_help()}")
+        print(_help(name, command, values))
         return
     runs = [a for a in arguments if not a.startswith("-")] if name == "compare" else []
     line = [name, *arguments]
@@ -244,7 +254,9 @@ def _dispatch(argv: list[str]) -> None:
     try:
         rest = values(line)[1:]
     except flags.Error as error:
-        raise UserError(str(error)) from error
+        raise UserError(
+            str(error).replace("invalid literal for int() with base 10:", "it must be a whole number, not")
+        ) from error
     if runs != rest or len(runs) not in (0, 2):
         raise UserError(f"{' '.join(rest)!r} is not understood; flags are written --flag=value")
     if command.distributed and not runs:

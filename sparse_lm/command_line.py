@@ -27,7 +27,7 @@ def load_config(path: str) -> Config:
         raise UserError(f"config file {name} is not Python: line {error.lineno}: {error.msg}") from error
     except (UnicodeDecodeError, ValueError) as error:
         raise UserError(f"config file {name} is not Python: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"config file {name} fails: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"config file {name} lacks get_config(), which returns a sparse_lm.config.Config")

@@ -248,12 +248,8 @@ def _check(config: Config) -> None:
     _divides("training.batch", training.batch, "training.accumulation", training.accumulation)
     if model.experts:
         tokens = training.batch // training.accumulation * config.data.length
-        _divides(
-            f"training.batch / training.accumulation × data.length, {tokens} tokens,",
-            tokens,
-            "model.group_size",
-            model.group_size,
-        )
+        what = "the tokens of a microbatch (training.batch / training.accumulation × data.length),"
+        _divides(what, tokens, "model.group_size", model.group_size)
     if training.steps < 1:
         raise UserError(f"training.steps is {training.steps}; it must be at least 1")
 

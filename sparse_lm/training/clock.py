@@ -4,11 +4,11 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-PHASES = ("training", "compilation", "evaluation", "checkpoints", "restoring", "data")
+PHASES = ("compilation", "evaluation", "checkpoints", "restoring", "data")
 
 
 class Clock:
-    """Seconds in each phase; everything outside `phase` is training.
+    """Seconds in each phase; everything outside one is training.
 
     `seconds` are those of training since step 0, over interruptions. The goodput is its share of the time since the
     process began the run.
