@@ -242,6 +242,7 @@ def _dispatch(argv: list[str]) -> None:
         raise UserError(f"{name!r} is not a command{nearest(name, COMMANDS)}")
     command = COMMANDS[name]
     arguments = [_underscores(a) for a in arguments]
+    arguments.sort(key=lambda a: not a.startswith("--config="))  # the file before single fields of it
     values = flags.FlagValues()
     command.define(values)
     if "--help" in arguments or "-h" in arguments:

@@ -39,22 +39,18 @@ def train(config: configs.Config, workdir: str, init_from: str = "") -> dict[str
     what does not fit, `RunFailed` after too many skipped steps, `Stopped` where a signal ended the run.
     """
     config, clock = configs.resolve(config), Clock()
-    steps, batch = config.training.steps, config.training.batch
-    use_compilation_cache(config)
-    program = build(config, make_mesh(config.mesh))
-    with clock.phase("data"):
-        corpus = data.prepare(config)
-    splits, batches = _splits(config, corpus), corpus.train(config.training.seed, batch)
-    if len(batches) < steps:
-        raise UserError(
-            f"training.steps is {steps}; max_epochs of a source allows {len(batches)} steps of {batch} rows"
-        )
-    info = {"fingerprint": corpus.fingerprint, "init_from": init_from, "devices": _devices()}
-    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
-    primary = jax.process_index() == 0
     with contextlib.ExitStack() as entered:
         enter = entered.enter_context
-        folder = enter(RunFolder(workdir, config, {"versions": versions, **info}, primary))
+        signal = enter(StopSignal())  # first of all, so that no signal is lost
+        use_compilation_cache(config)
+        program = build(config, make_mesh(config.mesh))
+        with clock.phase("data"):
+            corpus = data.prepare(config)
+        splits, batches = _splits(config, corpus), _batches(config, corpus)
+        info = {"fingerprint": corpus.fingerprint, "init_from": init_from, "devices": _devices()}
+        primary = jax.process_index() == 0
+        folder = enter(RunFolder(workdir, config, {"versions": _versions(), **info}, primary))
+        steps, batch = config.training.steps, config.training.batch
         if (summary := folder.summary()) and summary["steps"] >= steps:
             log.info("%s is finished: %d steps are done; a higher training.steps goes on", workdir, summary["steps"])
             return summary
@@ -69,26 +65,16 @@ def train(config: configs.Config, workdir: str, init_from: str = "") -> dict[str
         folder.rewind(start)
         with clock.phase("compilation"):
             step = program.step.lower(program.abstract_state, program.abstract_batch).compile()
+        shown = config.logging.progress and primary
+        progress = enter(contextlib.closing(Progress(config.name or str(workdir), start, steps, shown)))
         place = sharding(program.mesh, "batch")
+        rows = enter(data.Prefetch(lambda i: data.device_batch(batches, i, batch, place), start, steps))
+        board = enter(contextlib.closing(TensorBoard(folder.path))) if config.logging.tensorboard and primary else None
+        watchdog = enter(Watchdog(config.training.watchdog))
         actions = Actions(
-            program,
-            corpus,
-            splits,
-            folder,
-            checkpoints,
-            clock,
-            enter(
-                contextlib.closing(
-                    Progress(config.name or str(workdir), start, steps, config.logging.progress and primary)
-                )
-            ),
-            enter(data.Prefetch(lambda i: data.device_batch(batches, i, batch, place), start, steps)),
-            enter(contextlib.closing(TensorBoard(folder.path))) if config.logging.tensorboard and primary else None,
-            enter(StopSignal()),
-            enter(Watchdog(config.training.watchdog)),
-            info,
+            program, corpus, splits, folder, checkpoints, clock, progress, rows, board, signal, watchdog, info
         )
-        state = loop(step, state, actions.batches, start, steps, actions.pairs(), actions.watchdog.beat)
+        state = loop(step, state, rows, start, steps, actions.pairs(), watchdog.beat)
         checkpoints.wait()
         folder.finish(summary := actions.summary(state))
         return summary
@@ -130,6 +116,14 @@ def use_compilation_cache(config: configs.Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def _batches(config: configs.Config, corpus: data.Corpus) -> data.Batches:
+    steps, batch = config.training.steps, config.training.batch
+    batches = corpus.train(config.training.seed, batch)
+    if len(batches) < steps:
+        raise UserError(f"training.steps is {steps}; max_epochs of the sources allows {len(batches)} of {batch} rows")
+    return batches
+
+
 def _splits(config: configs.Config, corpus: data.Corpus) -> list[str]:
     """The splits to evaluate while training. A corpus need not have a held-out domain."""
     wanted = [s for s in config.evaluation.splits if s in corpus.split_names or s != "heldout_domain"]
@@ -157,6 +151,10 @@ def same_corpus(config: configs.Config, workdir: str) -> data.Corpus:
             f"the data of {workdir} has changed: its fingerprint was {stored} and is {corpus.fingerprint} now"
         )
     return corpus
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
 
 
 def _devices() -> dict[str, Any]:

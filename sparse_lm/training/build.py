@@ -41,7 +41,7 @@ class Build:
     mesh: Mesh
     functional: Functional
     abstract_state: TrainState  # of jax.ShapeDtypeStruct with shardings
-    abstract_batch: Batch
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]
     init: Callable[[], TrainState]  # the state of step 0, created sharded
     step: Callable[..., tuple[TrainState, dict]]  # (state, batch) -> (state, metrics); the state given is donated
     record: Callable[..., tuple[TrainState, dict, dict]]  # a step that also returns token losses and experts chosen
@@ -76,7 +76,7 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
         (gradient, sums), seen = accumulate(part, batch, key, given, training.accumulation)
         tokens = jnp.maximum(sums["tokens"], 1)
         gradient = jax.tree.map(lambda g: g / tokens, gradient)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
         statistics = sums.pop("statistics", {})
         after = (
