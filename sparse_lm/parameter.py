@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparse_lm.mesh import constrain
+
 # Standard deviation of a normal distribution cut off at two of its own.
 _TRUNCATED = 0.87962566103423978
 
@@ -17,3 +19,12 @@ def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, fan
 
 def ones(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     return nnx.Param(jnp.ones(shape), axes=axes)
+
+
+def weight(parameter: nnx.Param, dtype: str | jnp.dtype) -> jax.Array:
+    """The parameter in the dtype of the computation, whole along its width: fsdp divides the width to store it only.
+
+    Without this the partitioner may divide activations by width instead, which it then can't lay out again cheaply.
+    """
+    axes = [None if axis == "width" else axis for axis in parameter.get_metadata("axes") if axis != "layers"]
+    return constrain(parameter[...].astype(dtype), *axes)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparse_lm import config as configs
 from sparse_lm.mesh import constrain
-from sparse_lm.parameter import matrix
+from sparse_lm.parameter import matrix, weight
 
 
 class Cache(NamedTuple):
@@ -40,7 +40,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """Attends where the mask is True. With a cache and the place to write at, keys and values are written there
         first, the mask covers the cache's T positions, and the new cache is returned; without one, T is L."""
-        project = lambda weight: jnp.einsum("bld,dhw->blhw", x, weight[...].astype(x.dtype))
+        project = lambda parameter: jnp.einsum("bld,dhw->blhw", x, weight(parameter, x.dtype))
         query = rotate(project(self.query), positions, self.rope_base)
         key = rotate(project(self.key), positions, self.rope_base)
         value = project(self.value)
@@ -52,7 +52,7 @@ class Attention(nnx.Module):
             )
         query, key, value = (constrain(t, "batch", None, "heads", None) for t in (query, key, value))
         y = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation="xla")
-        y = jnp.einsum("blhw,hwd->bld", y, self.out[...].astype(x.dtype))
+        y = jnp.einsum("blhw,hwd->bld", y, weight(self.out, x.dtype))
         return constrain(y, "batch", None, None), None if cache is None else stored
 
 

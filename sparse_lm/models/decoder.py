@@ -18,7 +18,7 @@ from sparse_lm.mesh import constrain
 from sparse_lm.models.attention import Cache
 from sparse_lm.models.feed_forward import dropout
 from sparse_lm.models.layer import Aux, Context, Layer, RMSNorm
-from sparse_lm.parameter import matrix
+from sparse_lm.parameter import matrix, weight
 
 
 class Output(NamedTuple):
@@ -41,9 +41,8 @@ class Decoder(nnx.Module):
             [self._stack(model, place == model.expert_every - 1, rngs) for place in range(model.expert_every)]
         )
         self.norm = RMSNorm(d)
-        self.output = None
-        if not model.tied_embeddings:
-            self.output = matrix(rngs, (v, d), ("vocabulary", "table_width"), fan_in=d, scale=model.init_scale)
+        output = lambda: matrix(rngs, (v, d), ("vocabulary", "table_width"), fan_in=d, scale=model.init_scale)
+        self.output = None if model.tied_embeddings else output()
 
     @staticmethod
     def _stack(model: configs.Model, expert: bool, rngs: nnx.Rngs) -> Layer:
@@ -71,7 +70,7 @@ class Decoder(nnx.Module):
         model = self.model
         router_state = router_state.get("period", {}).get(model.expert_every - 1, {})
         prefix_caches, period_caches = ([None] * model.dense_first, None) if caches is None else caches
-        table = self.embedding[...].astype(model.dtype)
+        table = weight(self.embedding, model.dtype)
         x = constrain(jnp.take(table, ids, axis=0) * model.width**0.5, "batch", None, None)
         keys = [None] * (model.dense_first + 2) if key is None else jax.random.split(key, model.dense_first + 2)
         x = dropout(x, model.dropout, keys[0])
@@ -103,7 +102,7 @@ class Decoder(nnx.Module):
             unroll=1 if model.scan else model.periods,
         )
         table = self.embedding if self.output is None else self.output
-        logits = jnp.einsum("bld,vd->blv", self.norm(x), table[...].astype(x.dtype)).astype(jnp.float32)
+        logits = jnp.einsum("bld,vd->blv", self.norm(x), weight(table, x.dtype)).astype(jnp.float32)
         return Output(constrain(logits, "batch", None, "logits"), aux, (new_prefix, new_period))
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from sparse_lm import config as configs
 from sparse_lm.mesh import constrain
-from sparse_lm.parameter import matrix
+from sparse_lm.parameter import matrix, weight
 
 ACTIVATIONS = {"gelu": jax.nn.gelu, "geglu": jax.nn.gelu, "swiglu": jax.nn.silu}
 
@@ -31,7 +31,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "*N D"], key: jax.Array | None = None) -> Float[Array, "*N D"]:
         """Applies the layer; a key turns on dropout of the hidden units."""
         e = "e" if self.experts else ""
-        product = lambda x, weight: jnp.einsum(f"{e}...d,{e}df->{e}...f", x, weight[...].astype(x.dtype))
+        product = lambda x, matrix: jnp.einsum(f"{e}...d,{e}df->{e}...f", x, weight(matrix, x.dtype))
         hidden = product(x, self.into)
         activate = ACTIVATIONS[self.activation]
         hidden = activate(hidden) if self.gate is None else activate(product(x, self.gate)) * hidden

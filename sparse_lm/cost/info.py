@@ -1,0 +1,107 @@
+"""What a config costs, as text: `sparse-lm info`. Arithmetic alone, so a trillion parameters take no time."""
+
+from collections.abc import Sequence
+
+from sparse_lm.config import Config, Mesh, Model
+from sparse_lm.cost.flops import Flops, flops
+from sparse_lm.cost.memory import memory
+from sparse_lm.cost.parameters import Parameters, parameters
+
+
+def human(value: float, unit: str = "") -> str:
+    """Three digits with a prefix: 1.57 T, 223 M; a number without a unit has B for 10⁹, one with a unit G (12.3 GB)."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * size:
+            shown = value / size
+            return f"{shown:.{2 if shown < 9.995 else 1 if shown < 99.95 else 0}f} {prefix}{unit}"
+    return f"{value:.0f} {unit}".rstrip()
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first aligned to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def info_table(config: Config) -> str:
+    """Parameters, FLOPs per token, memory and layers of a resolved config, for a terminal.
+
+    A mesh axis of -1 counts as 1: how many devices there will be, a config does not say.
+    """
+    model, length = config.model, config.data.length
+    counted, cost = parameters(model), flops(model, length)
+    sizes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")}
+    mesh = Mesh(**{axis: max(size, 1) for axis, size in sizes.items()})
+    return "\n\n".join(
+        (
+            f"{config.name or 'model'}: {human(counted.total)} parameters, {human(counted.active)} active per token",
+            _flops(cost, model, length),
+            _memory(config, mesh),
+            _layers(model, counted, cost),
+        )
+    )
+
+
+def _flops(cost: Flops, model: Model, length: int) -> str:
+    rows = [
+        ("FLOPs per token", "forward", "training"),
+        ("model", human(cost.forward, "FLOP"), human(cost.training, "FLOP")),
+        ("executed", human(cost.executed_forward, "FLOP"), human(cost.executed_training, "FLOP")),
+    ]
+    if model.experts:
+        rows.insert(2, ("  of it the routers", human(cost.router / 3, "FLOP"), human(cost.router, "FLOP")))
+    what = ["work per element", f"all {length} keys for each query"]
+    if model.experts:
+        what += [f"places at a capacity factor of {model.capacity_factor:g} in groups of {model.group_size} tokens"]
+        what += ["dispatch and combine masks"] * (model.executor == "einsum")
+    what += ["layers computed again in the backward pass"] * (model.remat == "full")
+    return f"{table(rows)}\nexecuted: {', '.join(what)}"
+
+
+def _memory(config: Config, mesh: Mesh) -> str:
+    whole, local = memory(config), memory(config, mesh)
+    axes = " × ".join(f"{axis} {getattr(mesh, axis)}" for axis in ("data", "fsdp", "expert", "tensor"))
+    rows = [("memory, float32", "total", "per device")]
+    for part in ("parameters", "gradients", "optimizer", "total"):
+        name = f"optimizer ({config.optimizer.algorithm.name})" if part == "optimizer" else part
+        rows.append((name, human(getattr(whole, part), "B"), human(getattr(local, part), "B")))
+    return f"{table(rows)}\nper device on a mesh of {axes}; activations come on top"
+
+
+def _layers(model: Model, counted: Parameters, cost: Flops) -> str:
+    rows = [("layers", "attention", "feed-forward", "active", "model FLOPs", "executed FLOPs")]
+    rows.append(("embedding", "", "", human(counted.embedding), "0", "0"))
+    alike: dict[tuple, list[int]] = {}
+    for layer in range(model.layers):
+        alike.setdefault((model.is_expert_layer(layer), model.layer_width(layer)), []).append(layer)
+    for layers in alike.values():
+        one, parts = parameters(model, layers[0]), [part for part in cost.parts if part.layer == layers[0]]
+        dense = human(one.feed_forward)
+        rows.append(
+            (
+                ranges(layers),
+                human(one.attention),
+                f"{model.experts} × {human(one.experts // model.experts)}" if one.experts else dense,
+                human(one.active),
+                human(sum(part.model for part in parts), "FLOP"),
+                human(sum(part.forward for part in parts), "FLOP"),
+            )
+        )
+    output = human(2 * model.width * model.vocabulary, "FLOP")
+    rows.append(("output" + " (tied)" * model.tied_embeddings, "", "", human(counted.output), output, output))
+    return f"{table(rows)}\nparameters of one such layer, and its FLOPs per token in the forward pass"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short: "0–3", "1, 3 … 23", "0–1, 3, 5"."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    if list(numbers) == list(range(numbers[0], numbers[-1] + 1, step)) and step > 1 and len(numbers) > 3:
+        return f"{numbers[0]}, {numbers[1]} … {numbers[-1]}"
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,0 +1,40 @@
+"""How many parameters a model has, and how many of them one token uses."""
+
+from dataclasses import dataclass, fields
+
+from sparse_lm.config import Model
+from sparse_lm.cost.arrays import arrays
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters by part; `experts` holds all of them, `active_experts` those that one token uses."""
+
+    embedding: int = 0
+    attention: int = 0
+    feed_forward: int = 0  # of dense layers
+    experts: int = 0
+    router: int = 0
+    norms: int = 0
+    output: int = 0  # 0 where it is the transposed embedding
+    active_experts: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self) if f.name != "active_experts")
+
+    @property
+    def active(self) -> int:
+        """What one token uses: all but the experts it is not sent to. The whole embedding counts, as is usual."""
+        return self.total - self.experts + self.active_experts
+
+
+def parameters(model: Model, layer: int | None = None) -> Parameters:
+    """The parameters of a resolved model, or of one of its layers."""
+    counts: dict[str, int] = {}
+    for array in arrays(model):
+        if layer is None or array.layer == layer:
+            counts[array.part] = counts.get(array.part, 0) + array.size
+    if "experts" in counts:
+        counts["active_experts"] = counts["experts"] // model.experts * model.top_k
+    return Parameters(**counts)

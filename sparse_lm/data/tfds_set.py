@@ -1,0 +1,96 @@
+"""A prepared TFDS data set by name, read without TensorFlow."""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from sparse_lm.data.documents import Document
+from sparse_lm.errors import UserError, nearest
+
+# What the commands below need besides TensorFlow is what TFDS's own command line imports.
+ENVIRONMENT = (
+    "python -m venv tfds-env && tfds-env/bin/pip install tensorflow tensorflow-datasets apache-beam mlcroissant "
+    "importlib_resources && tfds-env/bin/tfds"
+)
+KINDS = ("train", "validation", "test")
+
+
+@dataclass
+class TfdsSet:
+    """Its train, validation and test splits; what is missing of the last two is taken from train by hash."""
+
+    path: str  # the data set's name: lm1b, c4/en, c4/en:3.1.0
+    field: str = "text"  # feature that holds the text
+    data_dir: str = ""  # "": $TFDS_DATA_DIR, or ~/tensorflow_datasets
+
+    def __post_init__(self):
+        self.name = re.sub(r"\W+", "_", self.path, flags=re.ASCII).strip("_") or "tfds"
+
+    def key(self) -> str:
+        folder = epath.Path(self._builder.data_path)
+        files = [(path.name, path.stat().length) for split in self._splits for path in self._files(split)]
+        facts = [self.field, self._builder.info.full_name, files, (folder / "dataset_info.json").read_text()]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def documents(self) -> Iterator[Document]:
+        for split in self._splits:
+            kind = split if "validation" in self._splits else "" if split == "train" else split
+            for index, record in enumerate(self._builder.as_data_source(split)):
+                try:
+                    yield Document(record[self.field].decode(), kind)
+                except UnicodeDecodeError as e:
+                    raise UserError(
+                        f"tfds:{self.path}: record {index} of {split} is not UTF-8 at byte {e.start}"
+                    ) from None
+
+    @property
+    def _splits(self) -> list[str]:
+        return [split for split in KINDS if split in self._builder.info.splits]
+
+    def _files(self, split: str) -> list[epath.Path]:
+        return [epath.Path(path) for path in self._builder.info.splits[split].filepaths]
+
+    @cached_property
+    def _builder(self) -> tfds.core.DatasetBuilder:
+        data_dir = self.data_dir or str(tfds.core.constants.DATA_DIR)
+        try:
+            builder = tfds.core.read_only_builder.builder_from_files(self.path, data_dir=data_dir)
+        except tfds.core.registered.DatasetNotFoundError:
+            raise UserError(self._not_prepared(data_dir)) from None
+        # A set converted in place has both kinds of files, and its description still names the old kind.
+        builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
+        if "train" not in builder.info.splits:
+            raise UserError(f"tfds:{self.path} has no split 'train'; it has: {', '.join(sorted(builder.info.splits))}")
+        splits = [builder.info.splits[split] for split in KINDS if split in builder.info.splits]
+        if not all(epath.Path(path).exists() for split in splits for path in split.filepaths):
+            raise UserError(
+                f"tfds:{self.path} is not stored as ArrayRecord in {builder.data_path}; convert it in an environment "
+                f"of its own: {ENVIRONMENT} convert_format --dataset_version_dir={builder.data_path} "
+                "--out_file_format=array_record"
+            )
+        texts = [name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]
+        if self.field not in texts:
+            near = nearest(self.field, texts) if texts else "; it has no texts"
+            raise UserError(f"tfds:{self.path}: no text feature {self.field!r}{near} (set it with ?field=NAME)")
+        return builder
+
+    def _not_prepared(self, data_dir: str) -> str:
+        # Without TensorFlow, TFDS lists some of its builders only once their modules are imported.
+        import tensorflow_datasets.text  # noqa: F401
+
+        known = tfds.list_builders(with_community_datasets=False)
+        name = re.split("[/:]", self.path)[0]
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            near = f"; did you mean {close[0]!r}?" if close else ""
+            return f"tfds:{self.path} is neither prepared in {data_dir} nor known to TFDS{near}"
+        return (
+            f"tfds:{self.path} is not prepared in {data_dir}; prepare it in an environment of its own: "
+            f"{ENVIRONMENT} build {self.path} --data_dir={data_dir} --file_format=array_record"
+        )

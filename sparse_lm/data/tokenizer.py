@@ -1,0 +1,163 @@
+"""Text to tokens and back: byte-level BPE trained on the corpus, or a tokenizer of the user's."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from etils import epath
+
+from sparse_lm.errors import UserError
+
+# Unset, the library prints a warning whenever a process that has used its threads forks.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from tokenizers import Tokenizer as HuggingFaceTokenizer  # noqa: E402
+
+END_OF_TEXT = "<|endoftext|>"
+# Names that published tokenizers give to the token between documents; the first one found is taken.
+END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
+SPACE = "\u2581"  # how SentencePiece writes a space
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Encodes text, the end-of-text token's own name included, as ordinary text: only packing places that token."""
+
+    encode_batch: Callable[[list[str]], list[list[int]]]
+    pieces: list[bytes]  # text of each token; b"" for special ones
+    end_of_text: int
+    file: bytes  # tokenizer.json, or a SentencePiece model
+    leading_space: bool = False  # whether encoding puts a space before a text, which decoding takes away
+
+    def __post_init__(self):
+        lengths = np.array([len(piece) for piece in self.pieces], np.int32)
+        object.__setattr__(self, "byte_lengths", lengths)  # int32 [V]
+        object.__setattr__(self, "digest", hashlib.sha256(self.file).hexdigest()[:16])
+
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self.pieces)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the tokens; a token may hold a part of a character, so that a stream joins bytes, not texts."""
+        return b"".join(self.pieces[i] for i in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the tokens, with U+FFFD for bytes that are no UTF-8."""
+        text = self.decode_bytes(ids).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.leading_space else text
+
+
+def train(texts: Iterable[str], vocabulary: int) -> bytes:
+    """A tokenizer.json with a byte-level BPE of at most `vocabulary` tokens; the same texts give the same bytes.
+
+    Raises:
+      UserError: a vocabulary too small for the 256 bytes and the end of text.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocabulary <= len(alphabet):
+        raise UserError(f"model.vocabulary is {vocabulary}; a byte-level tokenizer needs at least {len(alphabet) + 1}")
+    tokenizer = HuggingFaceTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str().encode()
+
+
+def load(path: str) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, or in a SentencePiece .model.
+
+    Raises:
+      UserError: no such file, a file of another kind, a tokenizer without a token for the end of a text, or a
+        SentencePiece model without the package that reads it.
+    """
+    where = epath.Path(path).expanduser()
+    try:
+        file = where.read_bytes()
+    except OSError as e:
+        raise UserError(f"data.tokenizer {path!r} can't be read: {e.strerror or e}") from None
+    if where.suffix == ".model":
+        return _sentence_piece(file, path)
+    return from_json(file, path)
+
+
+def from_json(file: bytes, path: str = "tokenizer.json") -> Tokenizer:
+    """The tokenizer in the bytes of a tokenizer.json: byte-level, or with SentencePiece's spaces and byte tokens."""
+    try:
+        tokenizer = HuggingFaceTokenizer.from_buffer(file)
+    except Exception as e:  # the library raises Exception itself
+        raise UserError(f"data.tokenizer {path!r} is not a tokenizer.json or a SentencePiece .model ({e})") from None
+    names = tokenizer.get_vocab(with_added_tokens=True)
+    end = next((name for name in END_NAMES if name in names), None)
+    if end is None:
+        raise UserError(f"data.tokenizer {path!r} has no end-of-text token; one of {', '.join(END_NAMES)} is needed")
+    tokenizer.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+    tokenizer.encode_special_tokens = True  # as text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    added = tokenizer.get_added_tokens_decoder()
+    byte_level = '"ByteLevel"' in json.dumps(json.loads(file).get("decoder"))
+    if not byte_level and not any(name.startswith(SPACE) for name in names):
+        raise UserError(
+            f"data.tokenizer {path!r} is neither byte-level nor of SentencePiece's kind, the two that can be used"
+        )
+    of_bytes = {char: byte for byte, char in _byte_characters().items()}
+    pieces = [b""] * (max(names.values()) + 1)
+    for name, i in names.items():
+        if i in added:
+            pieces[i] = b"" if added[i].special else name.encode()
+        elif byte_level:
+            pieces[i] = bytes(of_bytes[char] for char in name)
+        else:
+            pieces[i] = _piece_bytes(name)
+
+    def encode_batch(texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return Tokenizer(encode_batch, pieces, names[end], file, _puts_space(encode_batch, pieces))
+
+
+def _sentence_piece(file: bytes, path: str) -> Tokenizer:
+    try:
+        import sentencepiece
+    except ImportError:
+        raise UserError(f"data.tokenizer {path!r} is a SentencePiece model; pip install sentencepiece") from None
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=file)
+    except RuntimeError as e:
+        raise UserError(f"data.tokenizer {path!r} is not a SentencePiece model ({e})") from None
+    if model.eos_id() < 0:
+        raise UserError(f"data.tokenizer {path!r} has no end-of-text token; train it with --eos_id")
+    pieces = [
+        b"" if model.is_control(i) or model.is_unknown(i) else _piece_bytes(model.id_to_piece(i))
+        for i in range(model.get_piece_size())
+    ]
+    return Tokenizer(model.encode, pieces, model.eos_id(), file, _puts_space(model.encode, pieces))
+
+
+def _piece_bytes(name: str) -> bytes:
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        return bytes([int(name[3:5], 16)])
+    return name.replace(SPACE, " ").encode()
+
+
+def _puts_space(encode_batch: Callable[[list[str]], list[list[int]]], pieces: list[bytes]) -> bool:
+    return b"".join(pieces[i] for i in encode_batch(["a"])[0]).startswith(b" ")
+
+
+def _byte_characters() -> dict[int, str]:
+    """The printable character that byte-level BPE writes for each byte (Radford et al. 2019, the released encoder)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}

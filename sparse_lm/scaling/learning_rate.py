@@ -1,0 +1,55 @@
+"""Each side's own learning rate: an untuned twin is the first objection to any comparison."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from sparse_lm.config import Config, resolve
+from sparse_lm.errors import RunFailed
+from sparse_lm.scaling.outcome import SPLIT, finished_run
+
+log = logging.getLogger("sparse_lm")
+
+GRID = (0.5, 1.0, 2.0)  # times the config's learning rate
+EXTENSIONS = 2  # how often the grid grows when its edge is the best
+
+
+def best_learning_rate(config: Config, train: Callable[[Config, str], Any], folder: str, side: str) -> dict[str, Any]:
+    """Trains a config with its own seed at each learning rate of a small grid, and picks the lowest validation loss.
+
+    A best at the edge of the grid extends it by a factor of 2, at most twice. A run that fails or ends with a loss that
+    is not finite is the worst of all. Returns `{"best": rate, "losses": [[rate, loss or None], …], "at_edge": bool}`.
+    Raises `RunFailed` where no rate gave a finite loss.
+    """
+    losses: dict[float, float] = {}
+
+    def measure(rate: float) -> None:
+        log.info("learning rate %.3g, %s model", rate, side)
+        run = f"{folder}/learning-rate-{rate:.3g}"
+        try:
+            train(with_learning_rate(config, rate), run)
+            loss = finished_run(run).loss(SPLIT)
+        except RunFailed as error:
+            log.warning("%s", error)
+            loss = math.nan
+        losses[rate] = math.inf if math.isnan(loss) else loss
+
+    for factor in GRID:
+        measure(factor * config.optimizer.learning_rate)
+    for _ in range(EXTENSIONS):
+        best = min(losses, key=losses.get)
+        if best == max(losses):
+            measure(2 * best)
+        elif best == min(losses):
+            measure(best / 2)
+    best = min(losses, key=losses.get)
+    if math.isinf(losses[best]):
+        raise RunFailed(f"{folder}: no learning rate of {', '.join(f'{rate:.3g}' for rate in sorted(losses))} trained")
+    tried = [[rate, None if math.isinf(losses[rate]) else losses[rate]] for rate in sorted(losses)]
+    return {"best": best, "losses": tried, "at_edge": best in (min(losses), max(losses))}
+
+
+def with_learning_rate(config: Config, rate: float) -> Config:
+    return resolve(replace(config, optimizer=replace(config.optimizer, learning_rate=rate)))

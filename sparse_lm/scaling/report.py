@@ -1,0 +1,192 @@
+"""A comparison for people: comparison.md, a short text for the terminal, and the files of a comparison's folder."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from sparse_lm.cost.info import human, table
+from sparse_lm.scaling.outcome import Run
+from sparse_lm.scaling.picture import picture
+from sparse_lm.scaling.statistics import BETTER, DIVERGED, NOT_JUDGED, SAME, WORSE
+
+Comparison = dict[str, Any]
+
+
+def write(result: Comparison, sides: dict[str, Sequence[Run]], folder: epath.Path) -> None:
+    """Writes comparison.json, comparison.md and comparison.png, each whole or not at all."""
+    seeds = f"{result['seeds']} seeds, band: lowest to highest" if result["seeds"] > 1 else "one seed"
+    title = f"{result['config']}: {' and '.join(result['sides'])}, {seeds}"
+    files = {
+        "comparison.png": picture(sides, title),
+        "comparison.md": markdown(result).encode(),
+        "comparison.json": (json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        temporary = folder / f".{name}.tmp"
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def summary(result: Comparison) -> str:
+    """The comparison in the width of a terminal."""
+    rows = [[text.replace("**", "") for text in row] for row in _rows(result)]
+    return "\n\n".join((table(rows), "\n".join(_verdicts(result)), "\n".join(_speedups(result))))
+
+
+def markdown(result: Comparison) -> str:
+    head, *rows = _rows(result)
+    lines = [f"# {result['config']}: {' and '.join(result['sides'])}", "", *_verdicts(result, "- "), ""]
+    lines += [f"| {' | '.join(head)} |", "| --- | ---: | ---: |", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    lines += ["## How much sooner", "", *_speedups(result, "- "), ""]
+    lines += ["![validation loss over steps and over seconds](comparison.png)", ""]
+    lines += ["## What was compared", "", *_what(result), ""]
+    if result["sweep"]:
+        lines += ["## Learning rates", "", *_sweep(result["sweep"]), ""]
+    lines += ["## What differs in the configs", "", *_differences(result), ""]
+    return "\n".join(lines)
+
+
+def _rows(result: Comparison) -> list[list[str]]:
+    sides = [result[side] for side in result["sides"]]
+    flop = lambda value: human(value, "FLOP")
+    number = lambda value: f"{value:.4f}"
+    rows = [["", *result["sides"]]]
+
+    def row(what: str, name: str, show) -> None:
+        rows.append([what, *(_with_interval(side.get(name), side.get(f"{name}_interval"), show) for side in sides)])
+
+    row("parameters", "total_params", human)
+    row("parameters that a token uses", "active_params", human)
+    row("training FLOPs per token", "train_flops_per_token", flop)
+    row("of these the router's", "router_flops_per_token", flop)
+    row("executed FLOPs per token", "executed_flops_per_token", flop)
+    for split in result["verdicts"]:
+        row(f"{split} loss, nats per token", f"{split}_loss", number)
+        rows.append([f"{split}, bits per byte", *(_or_none(side["bits_per_byte"][split], number) for side in sides)])
+    row("tokens per second", "tokens_per_second", lambda v: f"{v:,.0f}")
+    row("seconds of training", "seconds", lambda v: f"{v:,.1f}")
+    if "cost" in sides[0]:
+        row("cost of one run", "cost", lambda v: f"{v:,.2f}")
+    return rows
+
+
+def _or_none(value: float | None, show) -> str:
+    return "none" if value is None else show(value)
+
+
+def _with_interval(value: float | None, interval: list[float] | None, show) -> str:
+    shown = _or_none(value, show)
+    return f"{shown} ({show(interval[0])} to {show(interval[1])})" if interval else shown
+
+
+def _verdicts(result: Comparison, mark: str = "") -> list[str]:
+    first, second = result["sides"]
+    lines = []
+    for split, word in result["verdicts"].items():
+        change = result["differences"][split]
+        if word == DIVERGED:
+            lines.append(f"{mark}{split}: {word}.")
+            continue
+        shown = f"{change['mean']:+.4f} nats per token"
+        if bounds := change["interval"]:
+            shown += f" (95 % interval {bounds[0]:+.4f} to {bounds[1]:+.4f}, {result['seeds']} seeds)"
+        said = {
+            BETTER: f"the {second} model is better",
+            WORSE: f"the {second} model is worse",
+            SAME: f"{SAME} between the {second} model and the {first} one",
+            NOT_JUDGED: NOT_JUDGED,
+        }[word]
+        lines.append(f"{mark}{split}: {said}. Loss of {second} minus {first}: {shown}.")
+    return lines
+
+
+def _speedups(result: Comparison, mark: str = "") -> list[str]:
+    first, second = result["sides"]
+    if result["step_speedup"] is None:
+        reached = sum(value is not None for value in result["step_speedup_per_seed"])
+        seeds = f"in {reached} of {result['seeds']} seeds" if reached else "in any seed" if result["seeds"] > 1 else ""
+        verb = "reaches" if reached else "does not reach"
+        return [f"{mark}The {second} model {verb} the {first} model's final validation loss {seeds}".rstrip() + "."]
+    lines = [f"{mark}To reach the {first} model's final validation loss, the {second} model needs"]
+    for name, what in (("step", "steps"), ("flops", "training FLOPs"), ("time", "seconds")):
+        value, bounds = result[f"{name}_speedup"], result[f"{name}_speedup_interval"]
+        if value is not None:
+            lines.append(f"{'  ' if not mark else '  - '}{_times(value)} {what}" + _between(bounds))
+    return lines
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f} times fewer" if value >= 1 else f"{1 / value:.2f} times as many"
+
+
+def _between(bounds: list[float] | None) -> str:
+    return f" (95 % interval of the ratio {bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else ""
+
+
+def _what(result: Comparison) -> list[str]:
+    first, second = result["sides"]
+    a, b = result[first], result[second]
+    devices = result["devices"]
+    where = f"{devices['count']} {devices['kind']}" if isinstance(devices, dict) else str(devices)
+    lines = [
+        f"{result['steps']} steps on {where}; text of fingerprint {result['fingerprint']}. "
+        + (f"Each number is the mean of {result['seeds']} seeds, with its 95 % interval." if result["seeds"] > 1 else
+           "With one seed nothing tells a difference from the noise between seeds; `--seeds=3` or more does."),
+        "",
+        "*Training FLOPs* are those that the mathematics needs: the matrix products of one token forward and backward, "
+        "attention over the half of the row that a token sees on average. *Executed FLOPs* are those that the program "
+        "runs, with attention scores that are masked, places of experts that stay empty, masks and the optimizer.",
+    ]  # fmt: skip
+    if set(result["sides"]) == {"dense", "sparse"}:
+        extra = b["router_flops_per_token"] / b["train_flops_per_token"]
+        holds, runs = (b[name] / a[name] for name in ("total_params", "executed_flops_per_token"))
+        lines += [
+            "",
+            "A token passes through one dense feed-forward layer, or through as many experts as add up to its width. "
+            f"Where both models are otherwise the same, they differ by the router alone, {extra:.1%} of the sparse "
+            f"model's training FLOPs. It holds {holds:.1f} times the parameters, and its program runs {runs:.2f} times "
+            "the FLOPs per token.",
+        ]
+    lines += [
+        "",
+        "How much sooner a loss is reached is read off the curve of evaluations, in the middle of the learning rate "
+        "schedule: a run that was planned to end there would usually have a lower loss at that point.",
+    ]
+    skipped = {side: result[side]["skipped_steps"] for side in result["sides"]}
+    if any(skipped.values()):
+        counts = ", ".join(f"{side} {number}" for side, number in skipped.items())
+        lines += ["", f"Steps skipped for a non-finite gradient: {counts}."]
+    return lines
+
+
+def _sweep(sweep: dict[str, Any]) -> list[str]:
+    lines = ["Each side was first trained at each of these learning rates, and compared at its own best.", ""]
+    lines += ["| side | learning rate | validation loss |", "| --- | ---: | ---: |"]
+    for side, found in sweep.items():
+        for rate, loss in found["losses"]:
+            best = ", chosen" if rate == found["best"] else ""
+            lines.append(f"| {side} | {rate:.3g}{best} | {_or_none(loss, lambda v: f'{v:.4f}')} |")
+    if edges := [side for side, found in sweep.items() if found["at_edge"]]:
+        lines += ["", f"At the edge of the grid, so that one beyond it may do more: {', '.join(edges)}."]
+    return lines
+
+
+def _differences(result: Comparison) -> list[str]:
+    differences = result["config_differences"]
+    if not differences:
+        return ["Nothing."]
+    lines = [f"| field | {' | '.join(result['sides'])} |", "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {a} | {b} |" for name, (a, b) in differences.items()]
+    if "model.init_scale" in differences:
+        lines += [
+            "",
+            "**The models start from different initial scales** (model.init_scale), so that the initialisation may be "
+            "what decides; `sparse-lm compare --config=…` derives a twin that starts from the same.",
+        ]
+    return lines

@@ -1,0 +1,38 @@
+"""Means over seeds, their intervals, and the words that may be used for a difference."""
+
+import math
+from collections.abc import Sequence
+
+from scipy import stats
+
+BETTER, WORSE, SAME = "better", "worse", "no difference seen"
+NOT_JUDGED = "one seed: not judged"
+DIVERGED = "not judged: a loss is not finite"
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Student's t-interval of the mean, [low, high]; None for fewer than two values."""
+    n = len(values)
+    if n < 2:
+        return None
+    center = mean(values)
+    deviation = math.sqrt(sum((v - center) ** 2 for v in values) / (n - 1))
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n)
+    return center - half, center + half
+
+
+def verdict(differences: Sequence[float]) -> str:
+    """What may be said of a loss, from its differences to the baseline's, one per seed.
+
+    "better" and "worse" only where the 95 % interval of the mean difference excludes 0.
+    """
+    if not all(map(math.isfinite, differences)):
+        return DIVERGED
+    if (bounds := interval(differences)) is None:
+        return NOT_JUDGED
+    low, high = bounds
+    return BETTER if high < 0 else WORSE if low > 0 else SAME

@@ -1,0 +1,33 @@
+import pytest
+
+from sparse_lm import config as configs
+from sparse_lm import cost
+from sparse_lm.errors import UserError
+from sparse_lm.scaling.outcome import config_differences
+
+
+def make(**model):
+    return configs.resolve(configs.Config(name="one", model=configs.Model(**model)))
+
+
+def test_the_dense_layer_is_as_wide_as_a_tokens_experts_together():
+    twin = cost.twin(make(experts=8, top_k=2, expert_width=96))
+    assert twin.name == "one-dense"
+    assert (twin.model.experts, twin.model.top_k, twin.model.expert_width) == (0, 1, 192)
+    assert twin.model.layer_width(1) == 192 and twin.model.layer_width(0) == twin.model.ffn_width
+
+
+def test_nothing_else_differs():
+    config = make(experts=8, top_k=2, expert_width=96)
+    assert set(config_differences(cost.twin(config), config)) == {"model.experts", "model.top_k", "model.expert_width"}
+
+
+def test_a_dense_config_has_no_twin():
+    with pytest.raises(UserError, match="model.experts is 0"):
+        cost.twin(make())
+
+
+def test_parameters_differ_by_the_other_experts_and_the_router():
+    config = make(experts=8, layers=4)
+    sparse, dense = cost.parameters(config.model), cost.parameters(cost.twin(config).model)
+    assert sparse.active - sparse.router == dense.total

@@ -1,0 +1,105 @@
+import re
+import shlex
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from sparse_lm.data.tfds_set import TfdsSet
+from sparse_lm.errors import UserError
+
+
+class TinyStories(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.2.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ("all", "train_only", "train_test", "no_train")]
+
+    def _info(self):
+        features = {"text": tfds.features.Text(), "title": tfds.features.Text(), "n": tfds.features.Scalar(np.int32)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        splits = {"all": ("train", "validation", "test"), "train_only": ("train",), "train_test": ("train", "test")}
+        return {split: self._examples(split) for split in splits.get(self.builder_config.name, ("test",))}
+
+    def _examples(self, split):
+        for i in range(5):
+            yield i, {"text": f"{split} story {i} ü", "title": f"title {i}", "n": i}
+
+    def _generate_examples(self):
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    for config in TinyStories.BUILDER_CONFIGS:
+        TinyStories(data_dir=folder, config=config, file_format="array_record").download_and_prepare()
+    return str(folder)
+
+
+def test_splits_and_texts_are_those_of_the_set(data_dir):
+    documents = list(TfdsSet("tiny_stories/all", data_dir=data_dir).documents())
+    assert sorted(documents) == sorted(
+        (f"{split} story {i} ü", split, "") for split in ("train", "validation", "test") for i in range(5)
+    )
+
+
+def test_missing_splits_are_left_to_the_hash(data_dir):
+    assert {d.kind for d in TfdsSet("tiny_stories/train_only", data_dir=data_dir).documents()} == {""}
+    kinds = {d.text.split()[0]: d.kind for d in TfdsSet("tiny_stories/train_test", data_dir=data_dir).documents()}
+    assert kinds == {"train": "", "test": "test"}
+
+
+def test_another_feature_and_a_version(data_dir):
+    reader = TfdsSet("tiny_stories/all:1.2.0", field="title", data_dir=data_dir)
+    assert {d.text for d in reader.documents()} == {f"title {i}" for i in range(5)}
+    assert reader.name == "tiny_stories_all_1_2_0"
+
+
+def test_the_key_depends_on_set_and_feature(data_dir):
+    keys = [TfdsSet(f"tiny_stories/{name}", data_dir=data_dir).key() for name in ("all", "all", "train_only")]
+    assert keys[0] == keys[1] != keys[2]
+    assert TfdsSet("tiny_stories/all", field="title", data_dir=data_dir).key() != keys[0]
+
+
+def message(path, data_dir, **options):
+    with pytest.raises(UserError) as error:
+        list(TfdsSet(path, data_dir=data_dir, **options).documents())
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lm1b", "c4/en:3.1.0"])
+def test_a_set_that_is_not_prepared_is_answered_with_the_command(tmp_path, name):
+    told = message(name, str(tmp_path))
+    assert f"tfds:{name} is not prepared in {tmp_path}" in told
+    command = shlex.split(told.split("own: ")[1])
+    assert command[-4:] == ["build", name, f"--data_dir={tmp_path}", "--file_format=array_record"]
+
+
+def test_an_unknown_set(tmp_path):
+    assert "nor known to TFDS; did you mean 'lm1b'?" in message("lm1bb", str(tmp_path))
+
+
+def test_a_set_stored_otherwise_is_answered_with_the_command(data_dir, tmp_path):
+    # A description of TFRecord files is all that it takes to be told; TensorFlow would be needed to write them.
+    source = TinyStories(data_dir=data_dir, config="all").data_path
+    target = tmp_path / "tiny_stories" / "all" / "1.2.0"
+    target.mkdir(parents=True)
+    for name in ("dataset_info.json", "features.json"):
+        (target / name).write_text((source / name).read_text().replace("array_record", "tfrecord"))
+    told = message("tiny_stories/all", str(tmp_path))
+    assert re.search(f"convert_format --dataset_version_dir={target} --out_file_format=array_record$", told)
+    # Converted in place, it has both kinds of files under the old description.
+    for path in source.glob("*array_record*"):
+        (target / path.name).write_bytes(path.read_bytes())
+    assert len(list(TfdsSet("tiny_stories/all", data_dir=str(tmp_path)).documents())) == 15
+
+
+def test_a_feature_that_is_no_text(data_dir):
+    assert "no text feature 'txt'; did you mean 'text'" in message("tiny_stories/all", data_dir, field="txt")
+    assert "no text feature 'n'" in message("tiny_stories/all", data_dir, field="n")
+
+
+def test_a_set_without_a_training_split(data_dir):
+    assert "has no split 'train'; it has: test" in message("tiny_stories/no_train", data_dir)

@@ -1,0 +1,74 @@
+"""Both executors against the loop, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_lm.experts import EXECUTORS
+from sparse_lm.routing import TokenChoice
+from tests import tiny
+from tests.oracles import moe
+
+G, S, D, E, F = 2, 10, 6, 4, 5
+ACT = {"gelu": jax.nn.gelu, "swiglu": jax.nn.silu}
+
+
+def compute(weights, activation, x):
+    """The experts, as the executors want them: [E, G, C, D] to [E, G, C, D]."""
+    into = jnp.einsum("egcd,edf->egcf", x, weights["into"])
+    hidden = ACT[activation](into)
+    if "gate" in weights:
+        hidden = ACT[activation](jnp.einsum("egcd,edf->egcf", x, weights["gate"])) * into
+    return jnp.einsum("egcf,efd->egcd", hidden, weights["out"])
+
+
+def case(top_k: int, gated: bool, crowded: bool):
+    random = np.random.default_rng(10 * top_k + gated)
+    weights = {"into": random.normal(size=(E, D, F)), "out": random.normal(size=(E, F, D))}
+    if gated:
+        weights["gate"] = random.normal(size=(E, D, F))
+    order = np.argsort(random.normal(size=(G, S, E)) - (2 * np.eye(E)[1] if crowded else 0), axis=-1)
+    expert = order[..., :top_k]
+    expert[random.random((G, S)) < 0.2] = -1  # padding at random places
+    expert[0, 3, -1] = -1  # and one choice left empty
+    x, dy = random.normal(size=(2, G, S, D))
+    return x, dy, expert, random.random(size=expert.shape), weights
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("top_k, places", [(1, 3), (1, S), (2, 1), (2, 4), (2, S)])
+def test_values_and_gradients_are_those_of_the_loop(executor, gated, top_k, places):
+    x, dy, expert, weight, weights = case(top_k, gated, crowded=places < S)
+    activation = "swiglu" if gated else "gelu"
+    y, lost, *expected = moe.experts(x, expert, weight, weights, activation, places, dy)
+    assert (lost > 0) == (places < S)
+
+    @jax.jit
+    def run(x, weight, weights):
+        choice = TokenChoice(jnp.asarray(expert, jnp.int32), weight)
+        go = lambda x, w, e: EXECUTORS[executor](
+            x, choice._replace(weight=w), lambda sent: compute(e, activation, sent), E, places
+        )
+        y, back, lost = jax.vjp(go, x, weight, weights, has_aux=True)
+        return y, lost, back(dy.astype(np.float32))
+
+    to32 = lambda tree: jax.tree.map(lambda a: a.astype(np.float32), tree)
+    found, dropped, gradients = run(*to32((x, weight, weights)))
+    tiny.close(found, y)
+    assert dropped == lost
+    tiny.close(gradients, tuple(expected))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_token_without_a_place_has_output_zero_and_the_others_what_they_had(executor):
+    x, _, expert, weight, weights = case(1, False, crowded=True)
+    choice = TokenChoice(jnp.asarray(expert), jnp.asarray(weight, jnp.float32))
+    apply = lambda x, places: EXECUTORS[executor](x, choice, lambda sent: compute(weights, "gelu", sent), E, places)[0]
+    run = jax.jit(apply, static_argnums=1)
+    few, all_of_them = np.asarray(run(x.astype(np.float32), 2)), np.asarray(run(x.astype(np.float32), S))
+    kept = np.stack([moe.place(group, 2) for group in expert])[..., 0]
+    assert not few[~kept].any()
+    assert all_of_them[(expert[..., 0] >= 0)].any(axis=-1).all()
+    tiny.close(few[kept], all_of_them[kept])

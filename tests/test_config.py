@@ -1,0 +1,156 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sparse_lm.config import (
+    Config,
+    Data,
+    Mesh,
+    Model,
+    Optimizer,
+    Training,
+    choice,
+    digest,
+    from_dict,
+    identity,
+    resolve,
+    to_dict,
+)
+from sparse_lm.cost.twin import twin
+from sparse_lm.errors import UserError
+
+
+def test_what_is_derived():
+    model = resolve(Config(model=Model(width=96, heads=6, ffn_width=200, experts=2), data=Data(length=128))).model
+    assert (model.kv_heads, model.head_width, model.expert_width, model.group_size) == (6, 16, 200, 128)
+
+
+def test_what_is_set_is_not_derived():
+    given = Model(width=96, heads=6, kv_heads=3, head_width=8, expert_width=64, group_size=64, experts=2)
+    model = resolve(Config(model=given, data=Data(length=128))).model
+    assert (model.kv_heads, model.head_width, model.expert_width, model.group_size) == (3, 8, 64, 64)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_resolving_twice_changes_nothing(experts):
+    config = Config(model=Model(experts=experts, router=choice("switch", jitter=0.5)))
+    once = resolve(config)
+    assert resolve(once) == once
+    assert to_dict(resolve(once)) == to_dict(once)
+
+
+def test_a_resolved_config_is_a_frozen_copy():
+    config = Config(model=Model(router=choice("switch", jitter=0.5)))
+    resolved = resolve(config)
+    config.model.width = 64
+    config.model.router.options.jitter = 0.25
+    assert (resolved.model.width, resolved.model.router.options.jitter) == (128, 0.5)
+    for node, name in ((resolved, "name"), (resolved.model, "width"), (resolved.model.router, "name")):
+        with pytest.raises(AttributeError, match="frozen"):
+            setattr(node, name, "other")
+    with pytest.raises(AttributeError):
+        resolved.model.router.options.jitter = 1.0
+
+
+def test_a_config_survives_json():
+    config = resolve(Config(name="x", model=Model(experts=4, router=choice("switch", jitter=0.5)), mesh=Mesh(expert=2)))
+    again = resolve(from_dict(json.loads(json.dumps(to_dict(config)))))
+    assert again == config
+    assert digest(to_dict(again)) == digest(to_dict(config)) != digest(to_dict(Config()))
+
+
+def test_infinite_capacity_survives_json():
+    config = resolve(Config(model=Model(experts=4, eval_capacity_factor=float("inf"))))
+    assert resolve(from_dict(json.loads(json.dumps(to_dict(config))))) == config
+
+
+def test_expert_layers_are_the_last_of_each_period():
+    model = resolve(Config(model=Model(layers=7, dense_first=1, expert_every=3, experts=2, expert_width=9))).model
+    assert [model.is_expert_layer(i) for i in range(7)] == [False, False, False, True, False, False, True]
+    assert model.periods == 2
+    assert [model.layer_width(i) for i in (0, 2, 3)] == [512, 512, 9]
+
+
+def test_the_twin_has_a_dense_layer_as_wide_as_the_experts_of_a_token():
+    config = Config(name="x", model=Model(experts=8, top_k=2, expert_width=48, ffn_width=200))
+    dense = twin(config)
+    changed = {k for k, v in to_dict(dense)["model"].items() if v != to_dict(resolve(config))["model"][k]}
+    assert changed == {"experts", "top_k", "expert_width"}
+    assert (dense.model.experts, dense.model.expert_width, dense.model.ffn_width) == (0, 96, 200)
+    assert dense.name == "x-dense"
+    for part in ("data", "mesh", "optimizer", "training", "evaluation"):
+        assert getattr(dense, part) == getattr(resolve(config), part)
+    with pytest.raises(UserError, match="no dense twin"):
+        twin(dense)
+
+
+def test_identity_leaves_out_what_may_change_on_the_way():
+    config = resolve(Config(name="one"))
+    free = dataclasses.replace(
+        config,
+        name="other",
+        mesh=Mesh(data=2),
+        training=dataclasses.replace(config.training, steps=7, accumulation=2, watchdog=1.0),
+        cache="/elsewhere",
+    )
+    assert identity(resolve(free)) == identity(config)
+    for path, other in {
+        "model": Model(width=64, heads=2),
+        "data": Data(length=64),
+        "optimizer": Optimizer(learning_rate=1.0),
+        "training": Training(seed=1),
+    }.items():
+        assert identity(resolve(dataclasses.replace(config, **{path: other}))) != identity(config)
+
+
+def given(path, value):
+    config = Config(model=Model(experts=4))
+    part, name = path.split(".")
+    setattr(getattr(config, part), name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    "path, value, words",
+    [
+        ("model.capacity_factor", 0.0, "model.capacity_factor is 0.0; it must be above 0"),
+        ("model.capacity_factor", float("nan"), "model.capacity_factor is nan; it must be above 0"),
+        ("model.eval_capacity_factor", -1.0, "model.eval_capacity_factor is -1.0; it must be above 0"),
+        ("model.layers", 0, "model.layers is 0; it must be above 0"),
+        ("model.top_k", 5, "model.top_k is 5, above model.experts=4"),
+        ("model.experts", -1, "model.experts is -1; it must be 0 (dense) or above"),
+        ("model.activation", "swigl", "model.activation is 'swigl'; did you mean 'swiglu'?"),
+        ("model.dtype", "int8", "model.dtype is 'int8'; valid: bfloat16, float32"),
+        ("model.remat", "ful", "model.remat is 'ful'; did you mean 'full'?"),
+        ("model.dropout", 1.0, "model.dropout is 1.0; it must be at least 0 and below 1"),
+        ("model.expert_dropout", -0.1, "model.expert_dropout is -0.1; it must be at least 0 and below 1"),
+        ("model.heads", 5, "model.heads is 5, which does not divide model.width 128; the nearest that does is 4"),
+        ("model.kv_heads", 3, "model.kv_heads is 3, which does not divide model.heads 4; the nearest that does is 2"),
+        ("model.head_width", 7, "model.head_width is 7; rotary positions need an even number"),
+        ("model.layers", 5, "must be a multiple of model.expert_every=2; the nearest is 4"),
+        ("model.dense_first", 4, "after model.dense_first=4 it must be a multiple of model.expert_every=2; the near"),
+        ("model.dense_first", -1, "model.dense_first is -1"),
+        ("model.group_size", 500, "model.group_size is 500, which does not divide"),
+        ("model.group_size", 500, "the nearest that does is 512"),
+        ("training.accumulation", 3, "training.accumulation is 3, which does not divide training.batch 16; the near"),
+        ("training.steps", 0, "training.steps is 0"),
+        ("training.batch", -4, "training.batch is -4; it must be above 0"),
+        ("optimizer.learning_rate", 0.0, "optimizer.learning_rate is 0.0; it must be above 0"),
+        ("optimizer.clip_norm", -1.0, "optimizer.clip_norm is -1.0"),
+        ("optimizer.warmup_steps", -1, "optimizer.warmup_steps is -1"),
+        ("optimizer.weight_decay", -0.1, "optimizer.weight_decay is -0.1"),
+    ],
+)
+def test_a_mistake_is_answered_with_one_line(path, value, words):
+    with pytest.raises(UserError) as error:
+        resolve(given(path, value))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_is_read_without_jax():
+    code = "import sparse_lm.config, sparse_lm.cost.twin, sys; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
