@@ -9,9 +9,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 
-# On several CPU devices, two programs with collectives that run at the same time wait for each other for ever.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
-
 AXES = ("data", "fsdp", "expert", "tensor")
 
 # Rows and routing groups are divided over three axes. An expert layer sends each group's tokens to the devices that

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparse_lm.mesh import constrain
+from sparse_lm.experts.exchange import to_experts, to_groups
 from sparse_lm.routing import TokenChoice, place
 
 
@@ -24,8 +24,7 @@ def einsum(
     dispatch = jnp.einsum("gske,gskc->gsec", expert_mask, place_mask)
     combine = jnp.einsum("gske,gskc->gsec", expert_mask * choice.weight[..., None].astype(x.dtype), place_mask)
 
-    # From here to the second constraint the expert axis of the mesh divides experts, not groups: two all-to-alls.
-    sent = constrain(jnp.einsum("gsec,gsd->egcd", dispatch, x), "experts", "dispatched_groups", None, None)
-    returned = constrain(compute(sent), None, "groups", None, None)
+    sent = to_experts(jnp.einsum("gsec,gsd->egcd", dispatch, x))
+    returned = to_groups(compute(sent))
     y = jnp.einsum("gsec,egcd->gsd", combine, returned)
     return y, ((choice.expert >= 0) & ~kept).sum().astype(jnp.float32)

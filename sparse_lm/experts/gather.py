@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sparse_lm.mesh import constrain
+from sparse_lm.experts.exchange import to_experts, to_groups
 from sparse_lm.routing import TokenChoice, place
 
 
@@ -51,8 +51,7 @@ def gather(
     holder = jax.vmap(lambda h, p: h.at[p].set(jnp.arange(size * k, dtype=h.dtype), mode="drop"))(holder, flat)
 
     sent = take_rows(x, holder // k, to_place).reshape(groups, experts, capacity, -1).swapaxes(0, 1)
-    sent = constrain(sent, "experts", "dispatched_groups", None, None)
-    returned = constrain(compute(sent), None, "groups", None, None).swapaxes(0, 1).reshape(groups, places, -1)
+    returned = to_groups(compute(to_experts(sent))).swapaxes(0, 1).reshape(groups, places, -1)
     back = take_rows(returned, flat, holder[..., None]).reshape(groups, size, k, -1)
     y = jnp.einsum("gskd,gsk->gsd", back, choice.weight.astype(x.dtype))
     return y, ((choice.expert >= 0) & ~kept).sum().astype(jnp.float32)

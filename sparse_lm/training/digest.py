@@ -29,7 +29,9 @@ def digests(arrays: dict[str, Array]) -> dict[str, int]:
     for name, array in arrays.items():
         if np.dtype(array.dtype).itemsize > 4:
             raise TypeError(f"{name} is {array.dtype}; only elements of up to 32 bits have a digest")
-    halves = jax.device_get({name: _compiled(_mesh(arrays[name]))(arrays[name]) for name in sorted(arrays)})
+    # One after the other: programs with collectives must not run at the same time on several CPU devices, which then
+    # wait for each other for ever.
+    halves = {name: jax.device_get(_compiled(_mesh(arrays[name]))(arrays[name])) for name in sorted(arrays)}
     return {name: int(halves[name][0]) << 32 | int(halves[name][1]) for name in arrays}
 
 

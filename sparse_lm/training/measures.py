@@ -40,8 +40,8 @@ def evaluate(
     for split in splits:
         batches = corpus.evaluation(split, batch, rows)
         with data.Prefetch(lambda i, b=batches: data.device_batch(b, i, batch, place), 0, len(batches)) as ready:
-            sums = [program.evaluate(parameters, router, rows) for rows in ready]
-        sums = jax.device_get(sums)
+            # One after the other, for the reason given in `digest.digests`.
+            sums = [jax.device_get(program.evaluate(parameters, router, rows)) for rows in ready]
         total = {name: float(np.sum([s[name] for s in sums], dtype=np.float64)) for name in sums[0]}
         measured[split] = {
             "loss": total["cross_entropy"] / total["tokens"],
