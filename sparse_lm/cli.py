@@ -258,7 +258,9 @@ def _dispatch(argv: list[str]) -> None:
         raise UserError(
             str(error).replace("invalid literal for int() with base 10:", "it must be a whole number, not")
         ) from error
-    if runs != rest or len(runs) not in (0, 2):
+    if name == "compare" and len(runs) not in (0, 2):
+        raise UserError(f"compare takes --config=FILE, or the folders of two runs; {len(runs)} given: {' '.join(runs)}")
+    if runs != rest:
         raise UserError(f"{' '.join(rest)!r} is not understood; flags are written --flag=value")
     if command.distributed and not runs:
         _initialize(values)

@@ -1,0 +1,149 @@
+"""A mistake on the command line gets one line that says what would be right, exit code 2, and leaves nothing behind."""
+
+import subprocess
+import sys
+
+import pytest
+
+from sparse_lm import cli
+from tests import commands
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return commands.write_config(tmp_path_factory.mktemp("cli"))
+
+
+def said(capsys, *arguments: str, code: int = 2) -> str:
+    """What a command says, run in this process; checks the exit code and that it is one line."""
+    with pytest.raises(SystemExit) as left:
+        cli.main(list(arguments))
+    captured = capsys.readouterr()
+    assert left.value.code == code and captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("sparse-lm: ")]
+    assert len(lines) == 1 and "Traceback" not in captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, answer",
+    [
+        (["trian"], "did you mean 'train'?"),
+        (["train"], "--config=FILE is missing"),
+        (["train", "--config=nothing.py"], "nothing.py does not exist"),
+        (["evaluate"], "--workdir=DIR is missing"),
+        (["evaluate", "--workdir=nowhere"], "there is no run in nowhere: it does not exist"),
+        (["generate", "--workdir=nowhere"], "give --prompt=TEXT"),
+        (["replay", "--workdir=nowhere"], "--step=N is missing"),
+        (["compare", "one", "two"], "there is no run in one"),
+        (["compare", "one"], "two runs"),
+    ],
+)
+def test_a_wrong_command(capsys, arguments, answer):
+    assert answer in said(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("def get_config(: pass", "is not Python: line 1"),
+        ("x = 1", "lacks get_config()"),
+        ("def get_config(): return 3", "returns a int, not a sparse_lm.config.Config"),
+        ("import nothing_of_this_name", "fails: ModuleNotFoundError"),
+        ("def get_config(): return 1 / 0", "get_config() fails: ZeroDivisionError"),
+    ],
+)
+def test_a_config_file_that_is_none(capsys, tmp_path, text, answer):
+    (tmp_path / "config.py").write_text(text)
+    assert answer in said(capsys, "info", f"--config={tmp_path}/config.py")
+
+
+@pytest.mark.parametrize(
+    "field, answer",
+    [
+        ("model.expert=4", "no field 'expert'; did you mean 'experts'?"),
+        ("modl.experts=4", "no field 'modl'; did you mean 'model'?"),
+        ("model=4", "is a part with fields of its own"),
+        ("model.experts.x=4", "it is a value, 8"),
+        ("model.experts=many", "it must be a whole number, not 'many'"),
+        ("model.capacity_factor=wide", "could not convert string to float: 'wide'"),
+        ("model.scan=5", "Non-boolean argument"),
+        ("model.capacity_factor=0", "model.capacity_factor is 0.0; it must be above 0"),
+        ("model.eval_capacity_factor=-1", "it must be above 0"),
+        ("model.top_k=9", "model.top_k is 9, above model.experts=8"),
+        ("model.top_k=2", "sends each token to 1 expert"),
+        ("model.heads=5", "model.heads is 5, which does not divide model.width 32; the nearest that does is 4"),
+        ("model.layers=3", "multiple of model.expert_every=2"),
+        ("model.group_size=24", "does not divide the tokens of a microbatch"),
+        ("training.accumulation=3", "training.accumulation is 3, which does not divide training.batch 8"),
+        ("model.router.name=swich", "did you mean 'switch'?"),
+        ("model.router.options.jiter=0.1", "did you mean 'jitter'?"),
+        ("model.router.options.jitter=much", "must be of type float"),
+        ("model.executor=einsums", "did you mean 'einsum'?"),
+        ("model.activation=relu", "model.activation is 'relu'"),
+        ("optimizer.algorithm.name=adam", "did you mean 'adamw'?"),
+        ("optimizer.schedule.name=cosin", "did you mean 'cosine'?"),
+        ("mesh.data=3", "mesh.data=3, mesh.fsdp=1, mesh.expert=1, mesh.tensor=1 needs 3 devices; there are 1"),
+        ("mesh.expert=3", "needs a multiple of 3 devices"),
+        ("data.sources=folder:nowhere", "nowhere"),
+        ("data.sources=tfds:no_such_set", "no_such_set"),
+        ("evaluation.splits=valdation", "did you mean 'validation'?"),
+        ("training.steps=0", "training.steps is 0"),
+    ],
+)
+def test_a_wrong_field(capsys, config, tmp_path, field, answer):
+    workdir = tmp_path / "run"
+    command = ["train", f"--config={config}", f"--workdir={workdir}", f"--config.{field}"]
+    assert answer in said(capsys, *command)
+    assert not workdir.exists()
+
+
+def test_sizes_that_the_mesh_does_not_divide(config, tmp_path):
+    """In a process with eight devices: experts, batch and groups, each with the nearest size that would do."""
+    for fields, answer in {
+        "mesh.expert=8 model.experts=12": "model.experts is 12, which mesh.expert=8 does not divide; the nearest",
+        "mesh.data=8 training.batch=12": "is 12, which mesh.data=8",
+        "mesh.tensor=8": "model.kv_heads is 4, which mesh.tensor=8 does not divide",
+    }.items():
+        flags = [f"--config.{field}" for field in fields.split()]
+        workdir = f"--workdir={tmp_path}/run"
+        assert answer in commands.run("train", f"--config={config}", workdir, *flags, code=2, devices=8)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_another_process_writes_to(capsys, config, tmp_path):
+    command = ["train", f"--config={config}", f"--workdir={tmp_path}/run", "--config.training.steps=5"]
+    commands.run(*command)
+    holder = (
+        "import sys, time; from sparse_lm.training.run_folder import RunFolder, read_config, read_info; "
+        f"p = '{tmp_path}/run'; f = RunFolder(p, read_config(p), read_info(p)); print('held', flush=True); time.sleep(99)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        answer = said(capsys, *command, "--config.training.steps=6")
+        assert str(process.pid) in answer
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([])
+    assert left.value.code == 2 and "compare" in capsys.readouterr().out
+    cli.main(["train", "--help"])
+    assert "--init-from" in capsys.readouterr().out
+
+
+def test_commands_work_on_a_run(capsys, config, tmp_path):
+    workdir = f"--workdir={tmp_path}/run"
+    cli.main(["train", f"--config={config}", workdir])
+    cli.main(["evaluate", workdir])
+    assert '"step": 20' in capsys.readouterr().out
+    cli.main(["generate", workdir, "--prompt=the cat", "--tokens=5", "--temperature=0"])
+    assert capsys.readouterr().out.startswith("the cat")
+    cli.main(["replay", workdir, "--step=7"])
+    assert "step 7, run again" in capsys.readouterr().out
+    cli.main(["info", f"--config={config}"])
+    assert "active per token" in capsys.readouterr().out
