@@ -16,7 +16,7 @@ def lookup(what: str, table: Mapping[str, Any], name: str) -> Any:
 
 
 def create(what: str, table: Mapping[str, Callable], choice: Choice, *args) -> Any:
-    """table[choice.name](*args, **choice.options); options are its keyword-only parameters, and checked against them."""
+    """table[choice.name](*args, **choice.options). Options are its keyword-only parameters, checked against them."""
     make = lookup(f"{what}.name", table, choice.name)
     function = make.__init__ if inspect.isclass(make) else make
     valid = {n: p for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}

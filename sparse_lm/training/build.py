@@ -3,6 +3,7 @@
 The loop, the TPU compiler, tests and benchmarks all call `build`. Nothing is allocated before `init` is called.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,8 +25,9 @@ from sparse_lm.training.schedules import schedule
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. Randomness is a function of the seed and the step, so no key is in it."""
+    """All that a step changes, and the seed: randomness is a function of the seed and the step."""
 
+    seed: jax.Array  # int32; an array, so that runs of other seeds share the compiled program
     step: jax.Array  # steps done, int32
     parameters: dict  # float32
     optimizer: Any
@@ -56,15 +58,16 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
     optimizer = make_optimizer(config, fns.axes)
     learning_rate = schedule(config)
 
-    def init() -> TrainState:
-        parameters = fns.init(jax.random.key(training.seed))
+    def init(seed: jax.Array) -> TrainState:
+        parameters = fns.init(jax.random.key(seed))
         zero = jnp.zeros((), jnp.int32)
         return TrainState(
+            seed,
             zero, parameters, optimizer.init(parameters), fns.init_router_state(), jnp.zeros(2, jnp.int32), zero, zero
         )
 
     def record(state: TrainState, batch: Batch, given=None) -> tuple[TrainState, dict, dict]:
-        key = jax.random.fold_in(jax.random.key(training.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
         def part(batch, key, given):
             differentiate = jax.value_and_grad(loss, has_aux=True)
@@ -92,6 +95,7 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
         )
         count = state.tokens + jnp.array([0, 1]) * sums["tokens"].astype(jnp.int32)
         new = TrainState(
+            seed=state.seed,
             step=state.step + 1,
             parameters=parameters,
             optimizer=optimizer_state,
@@ -121,7 +125,8 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
         names = ("cross_entropy", "tokens", "bytes")
         return {n: sums[n] for n in names} | {"cross_entropy_train_capacity": at_train_capacity["cross_entropy"]}
 
-    abstract_state = _abstract_state(jax.eval_shape(init), fns.axes, mesh)
+    seed = np.int32(training.seed)
+    abstract_state = _abstract_state(jax.eval_shape(init, seed), fns.axes, mesh)
     states = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     everywhere = NamedSharding(mesh, PartitionSpec())
     rows = (training.batch, config.data.length)
@@ -147,7 +152,7 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
         fns,
         abstract_state,
         abstract_batch,
-        init=compiled(init, out_shardings=states),
+        init=functools.partial(compiled(init, out_shardings=states), seed),
         step=compiled(lambda s, b: record(s, b)[:2], out_shardings=(states, everywhere), **step_options),
         record=compiled(record, out_shardings=(states, everywhere, None)),
         evaluate=compiled(evaluate, in_shardings=(states.parameters, states.router, batches), out_shardings=everywhere),

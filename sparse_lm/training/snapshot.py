@@ -10,7 +10,7 @@ from sparse_lm.training.build import Build, TrainState
 from sparse_lm.training.checkpoints import Checkpoints
 from sparse_lm.training.layout import abstract_slices, stack, unstack
 
-POSITION = ("step", "tokens", "skipped", "skipped_in_a_row")  # the counters of a TrainState
+POSITION = ("seed", "step", "tokens", "skipped", "skipped_in_a_row")  # the counters of a TrainState
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
