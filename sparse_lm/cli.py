@@ -205,7 +205,13 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        _leave(error, 2)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = (
+            "the disk is full; free some space, or choose another --workdir or --config.cache"
+            if full
+            else error.strerror
+        )
+        _leave(f"{what} ({error.filename})" if error.filename else what, 2)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
 

@@ -220,6 +220,12 @@ def _check(config: Config) -> None:
         for name in names:
             if not (value := getattr(getattr(config, part), name)) > 0:
                 raise UserError(f"{part}.{name} is {value}; it must be above 0")
+    not_negative = ("model.dense_first", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup_steps",
+                    "training.watchdog", "evaluation.rows", "checkpoints.every")  # fmt: skip
+    for path in not_negative:
+        part, name = path.split(".")
+        if (value := getattr(getattr(config, part), name)) < 0:
+            raise UserError(f"{path} is {value}; it must be 0 or above")
     for path, valid in {
         "model.activation": ("gelu", "geglu", "swiglu"),
         "model.dtype": ("float32", "bfloat16"),

@@ -48,7 +48,10 @@ def start(*arguments: str, devices: int = 1, **options) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
     """What the process printed, stdout and stderr; fails unless it ends with the code."""
-    out, err = process.communicate(timeout=900)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == code, out + err
     return out + err
 

@@ -95,23 +95,27 @@ class Decoder(nnx.Module):
 
         period_keys = None if key is None else jax.random.split(keys[-1], model.periods)
         x, (aux, new_period) = jax.lax.scan(
-            _remat(period, model.remat),
+            _remat(period, model.remat, scanned=model.scan),
             x,
             (parameters, router_state, period_keys, given, period_caches),
             length=model.periods,
             unroll=1 if model.scan else model.periods,
         )
         table = self.embedding if self.output is None else self.output
-        logits = jnp.einsum("bld,vd->blv", self.norm(x), weight(table, x.dtype)).astype(jnp.float32)
+        x, table = self.norm(x), weight(table, x.dtype)
+        logits = jnp.einsum("bld,vd->blv", x, table, preferred_element_type=jnp.float32)
         return Output(constrain(logits, "batch", None, "logits"), aux, (new_prefix, new_period))
 
 
-def _remat(function: Callable, policy: str) -> Callable:
-    """The function with less kept for its backward pass: `full` keeps its inputs alone, `dots` also matrix products."""
+def _remat(function: Callable, policy: str, scanned: bool = False) -> Callable:
+    """The function with less kept for its backward pass: `full` keeps its inputs alone, `dots` also matrix products.
+
+    Outside a scan the compiler would merge what is computed again with what was there.
+    """
     if policy == "none":
         return function
     saved = None if policy == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(function, policy=saved, prevent_cse=False)
+    return jax.checkpoint(function, policy=saved, prevent_cse=not scanned)
 
 
 @dataclass(frozen=True, eq=False)

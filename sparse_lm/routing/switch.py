@@ -53,7 +53,7 @@ class Switch(Router):
         chosen = jax.nn.one_hot(choice.expert[..., 0], experts).sum(axis=1)
         probability = jnp.where(valid[..., None], probabilities, 0).sum(axis=1)
         # tokens · E Σ f P, where f and P are means over the group's tokens; a group of padding alone is 0
-        balance = experts * jnp.einsum("ge,ge->g", chosen, probability) / jnp.maximum(tokens, 1)
+        balance = experts * (chosen * probability).sum(axis=-1) / jnp.maximum(tokens, 1)
         z = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1), 0) ** 2
         losses = {"balance_loss": self.balance_loss * balance.sum(), "z_loss": self.z_loss * z.sum()}
         return Routing(choice, losses, measure(logits, choice))

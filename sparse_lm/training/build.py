@@ -81,9 +81,10 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
         gradient = jax.tree.map(lambda g: g / tokens, gradient)
         norm = optax.tree.norm(gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
+        rate = learning_rate(state.step)
         statistics = sums.pop("statistics", {})
         after = (
-            optax.apply_updates(state.parameters, updates),
+            jax.tree.map(lambda p, u: p - rate * u, state.parameters, updates),
             optimizer_state,
             fns.update_router_state(state.router, statistics),
         )
@@ -109,7 +110,7 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
             "loss": sum(per_token.values()),
             **per_token,
             "grad_norm": norm,
-            "learning_rate": learning_rate(state.step),
+            "learning_rate": rate,
             "tokens": new.tokens,
             "skipped": new.skipped,
             "skipped_in_a_row": new.skipped_in_a_row,

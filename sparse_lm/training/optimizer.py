@@ -10,7 +10,6 @@ from optax import contrib
 
 from sparse_lm import config as configs
 from sparse_lm.registry import create
-from sparse_lm.training.schedules import schedule
 
 Axes = tuple[str, ...]
 _is_axes = lambda value: isinstance(value, tuple)
@@ -110,7 +109,10 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def make_optimizer(config: configs.Config, axes: dict) -> optax.GradientTransformation:
-    """Clipping, the algorithm, weight decay and learning rate by group. Norms are not decayed.
+    """Clipping, the algorithm, weight decay and multiples of the learning rate by group. Norms are not decayed.
+
+    The learning rate itself is for the step to apply: it belongs to the run's step, which goes on where an optimizer's
+    own count stands still, at a step that is skipped.
 
     axes: the axis names of each parameter. Raises `UserError` for an unknown name or option.
     """
@@ -126,4 +128,4 @@ def make_optimizer(config: configs.Config, axes: dict) -> optax.GradientTransfor
         return jax.tree.map_with_path(one, axes, updates, parameters, is_leaf=_is_axes)
 
     clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
-    return optax.chain(clip, algorithm, optax.stateless(finish), optax.scale_by_learning_rate(schedule(config)))
+    return optax.chain(clip, algorithm, optax.stateless(finish))

@@ -44,7 +44,7 @@ def with_other(batch, row, document, seed=9):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"model__layers": 5, "model__dense_first": 1, "model__tied_embeddings": False},
+        {"model__layers": 5, "model__dense_first": 1, "model__tied_embeddings": False, "model__expert_width": 8},
         SPARSE | {"model__layers": 5, "model__dense_first": 1, "model__expert_width": 8, "model__executor": "gather"},
         SPARSE | {"model__expert_every": 1, "model__activation": "swiglu", "model__executor": "einsum"}
         | {"model__group_size": 32},
@@ -55,6 +55,9 @@ def test_the_whole_decoder_is_the_loop(fields):
     config = tiny.config(**fields)
     made = functional(config.model)
     parameters = jax.jit(made.init)(jax.random.key(1))
+    for place, width in enumerate((config.model.ffn_width, config.model.expert_width)[-config.model.expert_every :]):
+        feed_forward = parameters["period"][place]["feed_forward"]
+        assert feed_forward.get("experts", feed_forward)["into"].shape[-1] == width
     batch = tiny.batch(config)
     run = jax.jit(lambda p, b: made.apply(p, b["inputs"], packed_context(b, 1.0), made.init_router_state()))
     out = run(parameters, jax.tree.map(jnp.asarray, batch))
@@ -76,22 +79,27 @@ def test_one_expert_begins_as_the_dense_model_of_the_same_seed(gated):
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_one_expert_has_the_outputs_and_gradients_of_the_dense_model(executor):
-    one = tiny.config(
-        model__experts=1, model__capacity_factor=1.0, model__router=tiny.switch(), model__executor=executor
-    )
-    twin = tiny.config()
-    fns, dense_fns = functional(one.model), functional(twin.model)
-    parameters = jax.jit(fns.init)(jax.random.key(0))
-    batch = jax.tree.map(jnp.asarray, tiny.batch(one))
-    differentiate = lambda fns: jax.jit(
-        jax.value_and_grad(lambda p: loss(p, fns, {}, batch, 1.0, jax.random.key(1)), has_aux=True)
-    )
-    (_, seen), gradient = differentiate(fns)(parameters)
-    (_, dense_seen), dense_gradient = differentiate(dense_fns)(tiny.dense(parameters))
+def test_one_expert_has_the_outputs_and_gradients_of_the_dense_model(executor, one_expert):
+    one, parameters, expected = one_expert
+    (_, seen), gradient = differentiated(tiny.config(**one, model__executor=executor), parameters)
+    (_, dense_seen), dense_gradient = expected
     tiny.close(seen["token_losses"], dense_seen["token_losses"], 1e-6)
     tiny.close(tiny.dense(gradient), dense_gradient, 2e-6)
     assert not np.asarray(gradient["period"][1]["feed_forward"]["router"]["kernel"]).any()
+
+
+@pytest.fixture(scope="module")
+def one_expert():
+    """Fields of a model of one expert, its parameters, and the loss and gradient of its dense twin with them."""
+    one = {"model__experts": 1, "model__capacity_factor": 1.0, "model__router": tiny.switch()}
+    parameters = jax.jit(functional(tiny.config(**one).model).init)(jax.random.key(0))
+    return one, parameters, differentiated(tiny.config(), tiny.dense(parameters))
+
+
+def differentiated(config, parameters):
+    fns, batch = functional(config.model), jax.tree.map(jnp.asarray, tiny.batch(config))
+    run = jax.value_and_grad(lambda p: loss(p, fns, {}, batch, 1.0, jax.random.key(1)), has_aux=True)
+    return jax.jit(run)(parameters)
 
 
 @pytest.mark.parametrize("executor", [None, *EXECUTORS])
@@ -161,7 +169,7 @@ def test_rematerialisation_computes_every_layers_activations_again(scan, remat):
 @functools.cache
 def gradients(scan, remat):
     fields = {"model__layers": 3, "model__dense_first": 1, "model__expert_every": 1}
-    fields |= {"model__expert_dropout": 0.1, "model__dropout": 0.1}
+    fields |= {"model__expert_dropout": 0.1}
     fns = functional(tiny.config(**SPARSE, **fields, model__scan=scan, model__remat=remat).model)
     shapes = jax.eval_shape(fns.init, jax.random.key(0))
     random = np.random.default_rng(0)

@@ -76,16 +76,3 @@ def test_a_batch_of_padding_alone_has_no_loss():
     total, seen = losses()(batch)
     assert float(total) == 0
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(seen["sums"]))
-
-
-def test_sums_of_halves_add_up_to_the_whole():
-    """Groups are rows, so halves of the batch are routed as the whole is; without jitter, which differs by position."""
-    config = tiny.config(model__experts=4, model__router=tiny.switch(z_loss=0.01, balance_loss=0.1))
-    fns = functional(config.model)
-    parameters = jax.jit(fns.init)(jax.random.key(0))
-    run = jax.jit(lambda batch: loss(parameters, fns, {}, batch, 0.75, None))
-    batch = jax.tree.map(jnp.asarray, tiny.batch(config))
-    total, seen = run(batch)
-    halves = [run(jax.tree.map(lambda x, s=s: x[s], batch)) for s in (slice(0, 2), slice(2, 4))]
-    tiny.close(sum(half for half, _ in halves), total)
-    tiny.close(jax.tree.map(lambda *parts: sum(parts), *(s["sums"] for _, s in halves)), seen["sums"])
