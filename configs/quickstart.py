@@ -20,14 +20,15 @@ def get_config() -> Config:
             ffn_width=512,
             experts=8,
             expert_every=2,
+            scan=False,  # four layers compile in seconds and run a quarter faster without the loop
             capacity_factor=1.25,
             eval_capacity_factor=2.0,
             router=choice("switch"),
         ),
         data=Data(sources=("stdlib",), length=128),
-        optimizer=Optimizer(learning_rate=6e-3, warmup_steps=30),
-        training=Training(steps=300, batch=16),
-        evaluation=Evaluation(every=50, rows=128),
+        optimizer=Optimizer(learning_rate=1e-2, warmup_steps=30),
+        training=Training(steps=250, batch=8),
+        evaluation=Evaluation(every=50, rows=64),
         checkpoints=Checkpoints(every=100),
         logging=Logging(every=10),
     )
