@@ -137,8 +137,9 @@ def test_help_lists_the_commands(capsys):
     assert "--init-from" in capsys.readouterr().out
 
 
-def test_commands_work_on_a_run(capsys, config, tmp_path):
-    workdir = f"--workdir={tmp_path}/run"
+def test_commands_work_on_a_run(capsys, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workdir = "--workdir=run"
     cli.main(["train", f"--config={config}", workdir])
     cli.main(["evaluate", workdir])
     assert '"step": 20' in capsys.readouterr().out

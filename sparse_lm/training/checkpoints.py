@@ -42,7 +42,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 2, schema: int = 1):
-        self.folder = epath.Path(folder)
+        # Orbax wants an absolute path; an object store's is one already.
+        self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).expanduser().absolute()
         self.keep = keep
         self.schema = schema
         self._writer: ocp.AsyncCheckpointer | None = None
