@@ -41,6 +41,11 @@ def _saved_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("step", None, "a saved step; by default the newest", flag_values=values)
 
 
+def _evaluate_flags(values: flags.FlagValues) -> None:
+    _saved_flags(values)
+    flags.DEFINE_float("capacity_factor", None, "of the evaluation; inf drops nothing", flag_values=values)
+
+
 def _compare_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "the comparison's folder", flag_values=values)
     flags.DEFINE_integer("seeds", 1, "runs of each side, which differ in the seed", flag_values=values, lower_bound=1)
@@ -83,7 +88,7 @@ def _train(options: flags.FlagValues) -> None:
 def _evaluate(options: flags.FlagValues) -> None:
     from sparse_lm import run
 
-    print(json.dumps(run.evaluate(_workdir(options), options.step), indent=2))
+    print(json.dumps(run.evaluate(_workdir(options), options.step, options.capacity_factor), indent=2))
 
 
 def _compare(options: flags.FlagValues, runs: list[str]) -> None:
@@ -178,7 +183,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train a model, or continue its training", _run_flags, _train, True, True),
-    "evaluate": Command("measure a saved model on held-out text", _saved_flags, _evaluate),
+    "evaluate": Command("measure a saved model on held-out text", _evaluate_flags, _evaluate),
     "compare": Command(
         "train a sparse model and its dense twin, or compare RUN_A RUN_B", _compare_flags, _compare, True, True
     ),

@@ -91,9 +91,15 @@ class Loaded(NamedTuple):
     router: dict
 
 
-def load(workdir: str, step: int | None = None) -> Loaded:
-    """The model of a run after a step, by default the newest that was saved, on the devices that there are."""
+def load(workdir: str, step: int | None = None, capacity_factor: float | None = None) -> Loaded:
+    """The model of a run after a step, by default the newest that was saved, on the devices that there are.
+
+    capacity_factor: of the evaluation, in place of the config's; inf drops nothing.
+    """
     config = on_these_devices(read_config(workdir))
+    if capacity_factor is not None:
+        model = dataclasses.replace(config.model, eval_capacity_factor=capacity_factor)
+        config = configs.resolve(dataclasses.replace(config, model=model))
     use_compilation_cache(config)
     program = build(config, make_mesh(config.mesh))
     with Checkpoints(f"{workdir}/checkpoints") as checkpoints:
@@ -102,9 +108,9 @@ def load(workdir: str, step: int | None = None) -> Loaded:
     return Loaded(config, program, corpus, int(items["position"]["step"]), items["parameters"], items["router"])
 
 
-def evaluate(workdir: str, step: int | None = None) -> dict[str, Any]:
-    """The measures of a run's saved model on every held-out split of its data, by split, and its step."""
-    loaded = load(workdir, step)
+def evaluate(workdir: str, step: int | None = None, capacity_factor: float | None = None) -> dict[str, Any]:
+    """The measures of a run's saved model on every held-out split of its data, by split, and its step; see `load`."""
+    loaded = load(workdir, step, capacity_factor)
     splits = [split for split in loaded.corpus.split_names if split != "train"]
     measured = measure(loaded.program, loaded.corpus, loaded.parameters, loaded.router, splits)
     return {"step": loaded.step, "evaluation": measured}

@@ -145,3 +145,6 @@ def test_evaluation_repeats_the_last_row(config, tmp_path):
     assert again["step"] == STEPS
     assert again["evaluation"]["validation"]["loss"] == pytest.approx(last["loss"], rel=1e-6)
     assert np.isfinite(again["evaluation"]["validation"]["bits_per_byte"])
+    at_training = run.evaluate(str(tmp_path / "run"), capacity_factor=1.25)["evaluation"]["validation"]
+    assert at_training["loss"] == at_training["loss_train_capacity"]
+    assert at_training["loss"] == pytest.approx(last["loss_train_capacity"], rel=1e-6)
