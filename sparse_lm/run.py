@@ -18,9 +18,10 @@ from sparse_lm.training.actions import Actions
 from sparse_lm.training.build import Build, build
 from sparse_lm.training.checkpoints import Checkpoints
 from sparse_lm.training.clock import Clock
+from sparse_lm.training.estimate import seconds_per_step
 from sparse_lm.training.loop import loop
 from sparse_lm.training.measures import evaluate as measure
-from sparse_lm.training.progress import Progress
+from sparse_lm.training.progress import Progress, duration
 from sparse_lm.training.run_folder import RunFolder, read_config, read_info
 from sparse_lm.training.snapshot import initial_state, restore, restore_state
 from sparse_lm.training.stopping import StopSignal
@@ -66,6 +67,9 @@ def train(config: configs.Config, workdir: str, init_from: str = "") -> dict[str
         with clock.phase("compilation"):
             step = program.step.lower(program.abstract_state, program.abstract_batch).compile()
         shown = config.logging.progress and primary
+        if shown:
+            left = duration(seconds_per_step(config) * (steps - start))
+            log.info("%s: %d steps, very roughly %s of training", config.name or workdir, steps - start, left)
         progress = enter(contextlib.closing(Progress(config.name or str(workdir), start, steps, shown)))
         place = sharding(program.mesh, "batch")
         rows = enter(data.Prefetch(lambda i: data.device_batch(batches, i, batch, place), start, steps))

@@ -63,7 +63,13 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
         zero = jnp.zeros((), jnp.int32)
         return TrainState(
             seed,
-            zero, parameters, optimizer.init(parameters), fns.init_router_state(), jnp.zeros(2, jnp.int32), zero, zero
+            zero,
+            parameters,
+            optimizer.init(parameters),
+            fns.init_router_state(),
+            jnp.zeros(2, jnp.int32),
+            zero,
+            zero,
         )
 
     def record(state: TrainState, batch: Batch, given=None) -> tuple[TrainState, dict, dict]:
