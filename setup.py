@@ -42,7 +42,7 @@ setup(
         "sentencepiece": ["sentencepiece"],
         "tensorboard": ["tensorboard"],
         "notebooks": ["jupyterlab"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "beartype", "sentencepiece"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "beartype", "sentencepiece", "importlib_resources"],
     },
     entry_points={"console_scripts": ["sparse-lm=sparse_lm.cli:main"]},
     classifiers=["Programming Language :: Python :: 3", "Operating System :: POSIX :: Linux"],

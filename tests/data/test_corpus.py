@@ -7,12 +7,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from texts import config, write_folder
 
 from sparse_lm import data
 from sparse_lm.data import store
 from sparse_lm.data import tokenizer as tokenizers
 from sparse_lm.errors import UserError
+from tests.data.texts import config, write_folder
 
 FIELDS = ("inputs", "targets", "segments", "positions", "bytes")
 
@@ -289,7 +289,7 @@ def test_text_that_changes_while_it_is_read(tmp_path, monkeypatch):
 PREPARE = """
 import pathlib, sys
 sys.path.insert(0, {tests!r})
-from texts import config
+from tests.data.texts import config
 from sparse_lm import data
 {before}
 try:

@@ -3,12 +3,12 @@ import math
 from pathlib import Path
 
 import pytest
-from fabricated import Trainer, config, store
 
 from sparse_lm import cost
 from sparse_lm.config import choice
 from sparse_lm.errors import RunFailed, UserError
 from sparse_lm.scaling.compare import compare, compare_runs
+from tests.scaling.fabricated import Trainer, config, store
 
 
 def falling(sparse=1.0, noise=0.0):

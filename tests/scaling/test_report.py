@@ -3,11 +3,11 @@ import subprocess
 import sys
 
 import pytest
-from fabricated import Trainer, config
 
 from sparse_lm.errors import UserError
 from sparse_lm.scaling import report
 from sparse_lm.scaling.compare import compare
+from tests.scaling.fabricated import Trainer, config
 
 FILES = {"comparison.json", "comparison.md", "comparison.png"}
 
