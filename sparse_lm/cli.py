@@ -43,6 +43,7 @@ def _saved_flags(values: flags.FlagValues) -> None:
 
 def _evaluate_flags(values: flags.FlagValues) -> None:
     _saved_flags(values)
+    _distributed_flags(values)
     flags.DEFINE_float("capacity_factor", None, "of the evaluation; inf drops nothing", flag_values=values)
 
 
@@ -88,7 +89,9 @@ def _train(options: flags.FlagValues) -> None:
 def _evaluate(options: flags.FlagValues) -> None:
     from sparse_lm import run
 
-    print(json.dumps(run.evaluate(_workdir(options), options.step, options.capacity_factor), indent=2))
+    measured = run.evaluate(_workdir(options), options.step, options.capacity_factor)
+    if _primary():
+        print(json.dumps(measured, indent=2))
 
 
 def _compare(options: flags.FlagValues, runs: list[str]) -> None:
@@ -165,6 +168,8 @@ def _initialize(options: flags.FlagValues) -> None:
         jax.distributed.initialize(options.coordinator, options.processes, options.process)
     elif options.distributed:
         jax.distributed.initialize()
+    if jax.process_index() > 0:
+        logging.getLogger("sparse_lm").setLevel(logging.WARNING)
 
 
 def _primary() -> bool:
@@ -183,7 +188,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train a model, or continue its training", _run_flags, _train, True, True),
-    "evaluate": Command("measure a saved model on held-out text", _evaluate_flags, _evaluate),
+    "evaluate": Command("measure a saved model on held-out text", _evaluate_flags, _evaluate, distributed=True),
     "compare": Command(
         "train a sparse model and its dense twin, or compare RUN_A RUN_B", _compare_flags, _compare, True, True
     ),

@@ -21,6 +21,8 @@ class Node:
     """A part of a config; it can be written to until `freeze`."""
 
     def __setattr__(self, name: str, value: Any):
+        if name not in (names := type(self).__dataclass_fields__):
+            raise AttributeError(f"{type(self).__name__} has no field {name!r}{nearest(name, names)}")
         if getattr(self, "_frozen", False):
             raise AttributeError(f"the config is frozen: {name} can't be set; use dataclasses.replace and resolve")
         object.__setattr__(self, name, value)
@@ -63,7 +65,7 @@ class Model(Node):
     init_scale: float = 1.0  # s in the standard deviation sqrt(s / fan_in) of every matrix; Switch uses 0.1
     dropout: float = 0.0  # on the embedding and on each residual branch
     dtype: str = "float32"  # of the computation: float32 or bfloat16; parameters are always float32
-    remat: str = "none"  # what the backward pass computes again: none, dots (all but matrix products), full
+    remat: str = "none"  # what the backward pass computes again: none, dots (all but products with dense weights), full
     scan: bool = True  # layers in one compiled loop; False unrolls it
 
     experts: int = 0  # E in each expert layer; 0: a dense feed-forward layer of expert_width in its place
@@ -104,7 +106,7 @@ def capacity(tokens: int, experts: int, top_k: int, factor: float) -> int:
     """
     if math.isinf(factor):
         return tokens
-    return min(tokens, math.ceil(round(factor * top_k * tokens / experts, 6)))
+    return min(tokens, max(1, math.ceil(round(factor * top_k * tokens / experts, 6))))
 
 
 @dataclass
@@ -193,6 +195,7 @@ class Config(Node):
 def resolve(config: Config) -> Config:
     """A frozen copy with derived values filled in; resolving twice changes nothing. Raises `UserError`."""
     config = from_dict(to_dict(config))
+    _check_ranges(config)
     model = config.model
     model.kv_heads = model.kv_heads or model.heads
     if not model.head_width:
@@ -200,55 +203,61 @@ def resolve(config: Config) -> Config:
         model.head_width = model.width // model.heads
     model.expert_width = model.expert_width or model.ffn_width
     model.group_size = model.group_size or config.data.length
-    _check(config)
+    _check_fit(config)
     return config.freeze()
 
 
-def _check(config: Config) -> None:
-    model, training = config.model, config.training
-    positive = {
-        "model": ("vocabulary", "width", "layers", "heads", "kv_heads", "head_width", "ffn_width", "expert_width",
-                  "expert_every", "top_k", "group_size", "capacity_factor", "eval_capacity_factor", "init_scale"),
-        "data": ("length",),
-        "training": ("batch", "accumulation", "max_skipped"),
-        "optimizer": ("learning_rate",),
-        "logging": ("every",),
-        "evaluation": ("every",),
-        "checkpoints": ("keep",),
-    }  # fmt: skip
-    for part, names in positive.items():
-        for name in names:
-            if not (value := getattr(getattr(config, part), name)) > 0:
-                raise UserError(f"{part}.{name} is {value}; it must be above 0")
-    not_negative = ("model.dense_first", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup_steps",
-                    "training.watchdog", "evaluation.rows", "checkpoints.every")  # fmt: skip
-    for path in not_negative:
-        part, name = path.split(".")
-        if (value := getattr(getattr(config, part), name)) < 0:
+POSITIVE = (
+    "model.vocabulary model.width model.layers model.heads model.ffn_width model.expert_every model.top_k "
+    "model.capacity_factor model.eval_capacity_factor model.init_scale model.rope_base data.length training.steps "
+    "training.batch training.accumulation training.max_skipped optimizer.learning_rate logging.every evaluation.every "
+    "checkpoints.keep"
+).split()
+NOT_NEGATIVE = (
+    "model.kv_heads model.head_width model.expert_width model.experts model.group_size model.dense_first training.seed "
+    "training.watchdog optimizer.weight_decay optimizer.clip_norm optimizer.warmup_steps evaluation.rows "
+    "checkpoints.every"
+).split()
+BELOW_1 = ("model.dropout", "model.expert_dropout")
+ONE_OF = {
+    "model.activation": ("gelu", "geglu", "swiglu"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+}
+
+
+def _check_ranges(config: Config) -> None:
+    """What is wrong with a field by itself."""
+    fields = {f"{part.name}.{n}": v for part in dataclasses.fields(config)
+              if isinstance(value := getattr(config, part.name), Node) for n, v in vars(value).items()}  # fmt: skip
+    for path, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value) and not path.endswith("capacity_factor"):
+            raise UserError(f"{path} is {value}; it must be a finite number")
+        if path in POSITIVE and not value > 0:
+            raise UserError(f"{path} is {value}; it must be above 0")
+        if path in NOT_NEGATIVE and value < 0:
             raise UserError(f"{path} is {value}; it must be 0 or above")
-    for path, valid in {
-        "model.activation": ("gelu", "geglu", "swiglu"),
-        "model.dtype": ("float32", "bfloat16"),
-        "model.remat": ("none", "dots", "full"),
-    }.items():
-        part, name = path.split(".")
-        if (value := getattr(getattr(config, part), name)) not in valid:
-            raise UserError(f"{path} is {value!r}{nearest(value, valid)}")
-    for path in ("model.dropout", "model.expert_dropout"):
-        if not 0 <= (value := getattr(model, path.split(".")[1])) < 1:
+        if path in BELOW_1 and not 0 <= value < 1:
             raise UserError(f"{path} is {value}; it must be at least 0 and below 1")
+        if path in ONE_OF and value not in ONE_OF[path]:
+            raise UserError(f"{path} is {value!r}{nearest(value, ONE_OF[path])}")
+    if config.training.seed >= 2**31:
+        raise UserError(f"training.seed is {config.training.seed}; it must be below 2^31")
+
+
+def _check_fit(config: Config) -> None:
+    """What does not fit together."""
+    model, training = config.model, config.training
     _divides("model.heads", model.heads, "model.kv_heads", model.kv_heads)
     if model.head_width % 2:
         raise UserError(f"model.head_width is {model.head_width}; rotary positions need an even number")
     after = model.layers - model.dense_first
     if after % model.expert_every or after < 1:
-        nearest_fit = model.dense_first + max(1, round(after / model.expert_every)) * model.expert_every
+        fit = model.dense_first + max(1, round(after / model.expert_every)) * model.expert_every
         raise UserError(
             f"model.layers is {model.layers}: after model.dense_first={model.dense_first} it must be a multiple of "
-            f"model.expert_every={model.expert_every}; the nearest is {nearest_fit}"
+            f"model.expert_every={model.expert_every}; the nearest is {fit}"
         )
-    if model.experts < 0:
-        raise UserError(f"model.experts is {model.experts}; it must be 0 (dense) or above")
     if model.experts and model.top_k > model.experts:
         raise UserError(f"model.top_k is {model.top_k}, above model.experts={model.experts}")
     _divides("training.batch", training.batch, "training.accumulation", training.accumulation)
@@ -256,8 +265,6 @@ def _check(config: Config) -> None:
         tokens = training.batch // training.accumulation * config.data.length
         what = "the tokens of a microbatch (training.batch / training.accumulation × data.length),"
         _divides(what, tokens, "model.group_size", model.group_size)
-    if training.steps < 1:
-        raise UserError(f"training.steps is {training.steps}; it must be at least 1")
 
 
 def _divides(what: str, value: int, by: str, divisor: int) -> None:
@@ -287,6 +294,10 @@ def from_dict(values: dict, kind: type = Config) -> Any:
             value = ConfigDict(value)
         elif isinstance(value, list):
             value = tuple(value)
+        elif f.type is float and type(value) is int:
+            value = float(value)
+        elif f.type in (int, float, bool, str) and type(value) is not f.type:
+            raise UserError(f"{kind.__name__.lower()}.{f.name} is {value!r}; it must be of type {f.type.__name__}")
         made[f.name] = value
     return kind(**made)
 

@@ -8,9 +8,8 @@ import numpy as np
 from sparse_lm import config as configs
 from sparse_lm import data
 from sparse_lm.errors import UserError
-from sparse_lm.mesh import make_mesh, sharding
-from sparse_lm.run import on_these_devices, same_corpus, use_compilation_cache
-from sparse_lm.training.build import build
+from sparse_lm.mesh import sharding
+from sparse_lm.run import build_here, same_corpus
 from sparse_lm.training.checkpoints import Checkpoints
 from sparse_lm.training.measures import metrics_row
 from sparse_lm.training.run_folder import read_config, read_info, read_rows
@@ -24,6 +23,7 @@ class Replayed(NamedTuple):
     logged: dict[str, Any] | None  # the row that the run itself wrote, if it wrote one at this step
     batch: dict[str, np.ndarray]  # inputs, targets, segments, positions, [B, L]
     token_losses: np.ndarray  # nats, [B, L], 0 for padding
+    experts_in_layer: int  # E
     experts: dict[int, np.ndarray]  # by expert layer: those chosen, [B, L, K], -1 for padding
     tokenizer: Any
 
@@ -33,11 +33,13 @@ def replay(workdir: str, step: int) -> Replayed:
 
     Raises `UserError` for a step that the run does not have.
     """
-    config = on_these_devices(read_config(workdir))
-    if not 1 <= step <= config.training.steps:
-        raise UserError(f"--step is {step}; {workdir} has steps 1 to {config.training.steps}")
-    use_compilation_cache(config)
-    program, corpus = build(config, make_mesh(config.mesh)), same_corpus(config, workdir)
+    config, logged = read_config(workdir), read_rows(workdir, "metrics")
+    with Checkpoints(f"{workdir}/checkpoints") as checkpoints:
+        done = max([*checkpoints.steps(), *(row["step"] for row in logged)], default=0)
+    if not 1 <= step <= done:
+        raise UserError(f"--step is {step}; {workdir} has done steps 1 to {done}")
+    program = build_here(config)
+    config, corpus = program.config, same_corpus(program.config, workdir)
     rows, place = config.training.batch, sharding(program.mesh, "batch")
     batches = corpus.train(config.training.seed, rows)
     with Checkpoints(f"{workdir}/checkpoints") as checkpoints:
@@ -48,12 +50,12 @@ def replay(workdir: str, step: int) -> Replayed:
         state, _ = program.step(state, data.device_batch(batches, done, rows, place))
     batch = data.device_batch(batches, step - 1, rows, place)
     _, metrics, seen = jax.device_get(program.record(state, batch))
-    logged = next((row for row in read_rows(workdir, "metrics") if row["step"] == step), None)
     return Replayed(
         metrics_row(config.model, step, metrics),
-        logged,
+        next((row for row in logged if row["step"] == step), None),
         jax.device_get(batch),
         _whole(seen["token_losses"], config.data.length),
+        config.model.experts,
         _by_layer(config, seen["experts"]),
         corpus.tokenizer,
     )
@@ -83,13 +85,13 @@ def describe(replayed: Replayed, rows: int = 4, characters: int = 400) -> str:
             lines.append(f"  {name:32} {value:12.6g}" + (f"   logged {logged:12.6g}" if logged is not None else ""))
     for layer, chosen in replayed.experts.items():
         named = chosen[chosen >= 0]
-        count = np.bincount(named)
+        count = np.bincount(named, minlength=replayed.experts_in_layer)
         lines.append(f"tokens of each expert in layer {layer}: {' '.join(map(str, count))}")
     valid = replayed.batch["segments"] > 0
     losses = replayed.token_losses.sum(axis=1) / np.maximum(valid.sum(axis=1), 1)
-    for row in np.argsort(-losses)[:rows]:
+    for row in np.argsort(-np.nan_to_num(losses, nan=np.inf))[:rows]:  # the row that breaks a step first
         ids = replayed.batch["targets"][row][valid[row]]
-        worst = int(replayed.token_losses[row].argmax())
+        worst = int(np.nan_to_num(replayed.token_losses[row], nan=np.inf).argmax())
         token = replayed.tokenizer.decode([int(replayed.batch["targets"][row][worst])])
         text = replayed.tokenizer.decode([int(i) for i in ids])[:characters]
         lines.append(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import platform
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -12,18 +13,18 @@ from etils import epath
 
 from sparse_lm import config as configs
 from sparse_lm import data
-from sparse_lm.errors import UserError, nearest
+from sparse_lm.errors import Stopped, UserError, nearest
 from sparse_lm.mesh import make_mesh, sharding
 from sparse_lm.training.actions import Actions
 from sparse_lm.training.build import Build, build
 from sparse_lm.training.checkpoints import Checkpoints
 from sparse_lm.training.clock import Clock
 from sparse_lm.training.estimate import seconds_per_step
-from sparse_lm.training.loop import loop
+from sparse_lm.training.loop import Moment, loop
 from sparse_lm.training.measures import evaluate as measure
 from sparse_lm.training.progress import Progress, duration
 from sparse_lm.training.run_folder import RunFolder, read_config, read_info
-from sparse_lm.training.snapshot import initial_state, restore, restore_state
+from sparse_lm.training.snapshot import initial_state, restore, restore_state, saved_run
 from sparse_lm.training.stopping import StopSignal
 from sparse_lm.training.tensorboard import TensorBoard
 from sparse_lm.training.watchdog import Watchdog
@@ -36,15 +37,17 @@ PACKAGES = ("sparse_lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 def train(config: configs.Config, workdir: str, init_from: str = "") -> dict[str, Any]:
     """Trains a model in a folder, or continues the training that the folder holds; returns the run's summary.
 
-    init_from: RUN or RUN@STEP, another run's folder, whose parameters a new run begins with. Raises `UserError` for
-    what does not fit, `RunFailed` after too many skipped steps, `Stopped` where a signal ended the run.
+    init_from: RUN or RUN@STEP, another run's folder, whose parameters and tokenizer a new run begins with. Raises
+    `UserError` for what does not fit, `RunFailed` after too many skipped steps, `Stopped` where a signal ended the run.
     """
-    config, clock = configs.resolve(config), Clock()
+    clock = Clock()
+    config, init_from = _begin_from(configs.resolve(config), workdir, init_from)
     with contextlib.ExitStack() as entered:
         enter = entered.enter_context
-        signal = enter(StopSignal())  # first of all, so that no signal is lost
+        signal, watchdog = enter(StopSignal()), enter(Watchdog(config.training.watchdog))
         use_compilation_cache(config)
         program = build(config, make_mesh(config.mesh))
+        watchdog.beat("preparing the data")
         with clock.phase("data"):
             corpus = data.prepare(config)
         splits, batches = _splits(config, corpus), _batches(config, corpus)
@@ -56,32 +59,78 @@ def train(config: configs.Config, workdir: str, init_from: str = "") -> dict[str
             log.info("%s is finished: %d steps are done; a higher training.steps goes on", workdir, summary["steps"])
             return summary
         checkpoints = enter(Checkpoints(folder.checkpoints, config.checkpoints.keep))
+        watchdog.beat("making or restoring the state")
         with clock.phase("restoring"):
             continued = bool(checkpoints.steps())
             state = restore_state(program, checkpoints) if continued else initial_state(program, init_from)
-        start = int(state.step)
+        start, waited = int(state.step), 0.0
+        if start > steps:
+            raise UserError(f"{workdir} has {start} steps already; training.steps is {steps}, which is below")
         if continued:
-            clock.resume(checkpoints.meta(start)["seconds"])
+            meta, rows = checkpoints.meta(start), folder.rows("metrics")
+            clock.resume(meta["seconds"], max(0.0, rows[-1]["seconds"] - meta["seconds"]["training"]) if rows else 0.0)
+            waited = meta["waited"]
             log.info("%s goes on after step %d", workdir, start)
         folder.rewind(start)
+        if primary:
+            folder.keep(f"tokenizer{epath.Path(config.data.tokenizer).suffix or '.json'}", corpus.tokenizer.file)
+        watchdog.beat("compiling the step")
         with clock.phase("compilation"):
             step = program.step.lower(program.abstract_state, program.abstract_batch).compile()
+        if signal.number and jax.process_count() == 1:
+            raise Stopped(f"{workdir}: stopped before a step was done", signal.exit_code)
         shown = config.logging.progress and primary
         if shown:
             left = duration(seconds_per_step(config) * (steps - start))
             log.info("%s: %d steps, very roughly %s of training", config.name or workdir, steps - start, left)
         progress = enter(contextlib.closing(Progress(config.name or str(workdir), start, steps, shown)))
         place = sharding(program.mesh, "batch")
-        rows = enter(data.Prefetch(lambda i: data.device_batch(batches, i, batch, place), start, steps))
+        ahead = enter(data.Prefetch(lambda i: data.device_batch(batches, i, batch, place), start, steps))
         board = enter(contextlib.closing(TensorBoard(folder.path))) if config.logging.tensorboard and primary else None
-        watchdog = enter(Watchdog(config.training.watchdog))
         actions = Actions(
-            program, corpus, splits, folder, checkpoints, clock, progress, rows, board, signal, watchdog, info
+            program,
+            corpus,
+            splits,
+            folder,
+            checkpoints,
+            clock,
+            progress,
+            ahead,
+            board,
+            signal,
+            watchdog,
+            info,
+            waited,
+            state,
         )
-        state = loop(step, state, rows, start, steps, actions.pairs(), watchdog.beat)
-        checkpoints.wait()
+        with clock.phase("training"):
+            state = loop(step, state, ahead, start, steps, actions.pairs(), watchdog.beat)
+        if actions.evaluated[0] != steps:  # ended between its last checkpoint and its summary
+            actions.evaluate(Moment(steps, state, {}, True))
+        with clock.phase("checkpoints"):
+            checkpoints.wait()
         folder.finish(summary := actions.summary(state))
+        if signal.number:
+            raise Stopped(f"{workdir}: finished, and stopped as asked", signal.exit_code)
         return summary
+
+
+def _begin_from(config: configs.Config, workdir: str, init_from: str) -> tuple[configs.Config, str]:
+    """The config, and what its run begins from: what is asked for, or what a run that is continued began from.
+
+    The tokenizer is the other run's unless the config names one, since its parameters mean its tokens.
+    """
+    stored = read_info(workdir)["init_from"] if (epath.Path(workdir) / "config.json").exists() else None
+    asked = saved_run(init_from) if init_from else ""
+    if stored is not None and asked and asked.rpartition("@")[0] != stored.rpartition("@")[0]:
+        raise UserError(f"{workdir} holds a run that began from {stored or 'no other run'}, not from {asked}")
+    found = asked if stored is None else stored
+    if found and not config.data.tokenizer:
+        tokenizer = str(next(epath.Path(found.rpartition("@")[0]).glob("tokenizer.*")))
+        config = configs.resolve(
+            dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+        )
+    return config, found
 
 
 class Loaded(NamedTuple):
@@ -100,12 +149,12 @@ def load(workdir: str, step: int | None = None, capacity_factor: float | None = 
 
     capacity_factor: of the evaluation, in place of the config's; inf drops nothing.
     """
-    config = on_these_devices(read_config(workdir))
+    config = read_config(workdir)
     if capacity_factor is not None:
         model = dataclasses.replace(config.model, eval_capacity_factor=capacity_factor)
         config = configs.resolve(dataclasses.replace(config, model=model))
-    use_compilation_cache(config)
-    program = build(config, make_mesh(config.mesh))
+    program = build_here(config)
+    config = program.config
     with Checkpoints(f"{workdir}/checkpoints") as checkpoints:
         items = restore(program, checkpoints, step, only=("parameters", "router", "position"))
     corpus = same_corpus(config, workdir)
@@ -145,13 +194,17 @@ def _splits(config: configs.Config, corpus: data.Corpus) -> list[str]:
     return wanted
 
 
-def on_these_devices(config: configs.Config) -> configs.Config:
-    """The config with its mesh where the devices allow it, otherwise with all devices along the data axis."""
+def build_here(config: configs.Config) -> Build:
+    """`build` on the mesh of the config where it fits the devices that there are, otherwise on one that does."""
+    use_compilation_cache(config)
     try:
-        make_mesh(config.mesh)
-        return config
+        return build(config, make_mesh(config.mesh))
     except UserError:
-        return configs.resolve(dataclasses.replace(config, mesh=configs.Mesh()))
+        training = dataclasses.replace(config.training, accumulation=1)
+        config = configs.resolve(dataclasses.replace(config, training=training, mesh=configs.Mesh()))
+        groups = training.batch * config.data.length // config.model.group_size
+        fitting = math.gcd(training.batch, groups, jax.device_count())
+        return build(config, make_mesh(config.mesh, jax.devices()[:fitting]))
 
 
 def same_corpus(config: configs.Config, workdir: str) -> data.Corpus:

@@ -121,7 +121,7 @@ def given(path, value):
         ("model.eval_capacity_factor", -1.0, "model.eval_capacity_factor is -1.0; it must be above 0"),
         ("model.layers", 0, "model.layers is 0; it must be above 0"),
         ("model.top_k", 5, "model.top_k is 5, above model.experts=4"),
-        ("model.experts", -1, "model.experts is -1; it must be 0 (dense) or above"),
+        ("model.experts", -1, "model.experts is -1; it must be 0 or above"),
         ("model.activation", "swigl", "model.activation is 'swigl'; did you mean 'swiglu'?"),
         ("model.dtype", "int8", "model.dtype is 'int8'; valid: bfloat16, float32"),
         ("model.remat", "ful", "model.remat is 'ful'; did you mean 'full'?"),

@@ -13,7 +13,7 @@ from sparse_lm import replay, run
 from sparse_lm.errors import RunFailed, UserError
 from sparse_lm.scaling.compare import compare
 from sparse_lm.training.checkpoints import Checkpoints
-from sparse_lm.training.run_folder import read_rows
+from sparse_lm.training.run_folder import read_info, read_rows
 from tests import tiny
 
 STEPS = 12
@@ -105,8 +105,45 @@ def test_a_run_begins_with_the_parameters_of_another(config, tmp_path):
     frozen = {"optimizer__learning_rate": 1e-12, "training__seed": 5, "optimizer__weight_decay": 0.0}
     run.train(config(training__steps=6, **frozen), tmp_path / "second", f"{tmp_path}/first@12")
     tiny.close(parameters(tmp_path / "second", config), parameters(tmp_path / "first", config), 1e-6)
-    with pytest.raises(UserError, match="available|12"):
+    with pytest.raises(UserError, match="saved steps 4|8, 12"):
         run.train(config(training__steps=6), tmp_path / "third", f"{tmp_path}/first@5")
+
+
+def test_a_run_on_other_text_keeps_the_tokenizer_of_the_run_it_began_from(config, tmp_path):
+    """Other text would train another tokenizer, in which the parameters' rows mean other tokens."""
+    (tmp_path / "other").mkdir()
+    for i in range(50):
+        (tmp_path / f"other/{i}.txt").write_text(f"quite different words {i} here " * 10)
+    run.train(config(), tmp_path / "first")
+    other = {"data__sources": (f"folder:{tmp_path}/other",), "training__steps": 6}
+    run.train(config(**other), tmp_path / "second", f"{tmp_path}/first")
+    files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("first", "second")]
+    assert files[0] == files[1]
+    assert read_info(tmp_path / "second")["init_from"] == f"{tmp_path}/first@12"
+    run.train(config(**other | {"training__steps": 8}), tmp_path / "second")  # what it began from is remembered
+    assert replay.replay(str(tmp_path / "second"), 2).row["loss"] == pytest.approx(
+        read_rows(tmp_path / "second", "metrics")[1]["loss"], rel=1e-5
+    )
+    with pytest.raises(UserError, match="began from"):
+        run.train(config(**other | {"training__steps": 9}), tmp_path / "second", f"{tmp_path}/second")
+
+
+def test_a_run_that_lost_its_summary_writes_it_again(config, tmp_path):
+    first = run.train(config(), tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+    again = run.train(config(), tmp_path / "run")
+    assert again["evaluation"] == first["evaluation"] and again["tokens"] == first["tokens"]
+    assert len(read_rows(tmp_path / "run", "eval")) == 2
+    (tmp_path / "run/summary.json").unlink()
+    with pytest.raises(UserError, match="has 12 steps already"):
+        run.train(config(training__steps=6), tmp_path / "run")
+
+
+def test_a_finished_run_keeps_its_config(config, tmp_path):
+    run.train(config(), tmp_path / "run")
+    before = (tmp_path / "run/config.json").read_text()
+    run.train(config(training__steps=6), tmp_path / "run")
+    assert (tmp_path / "run/config.json").read_text() == before
 
 
 def test_too_many_skipped_steps_end_the_run(config, tmp_path):

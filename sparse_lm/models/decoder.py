@@ -70,8 +70,9 @@ class Decoder(nnx.Module):
         model = self.model
         router_state = router_state.get("period", {}).get(model.expert_every - 1, {})
         prefix_caches, period_caches = ([None] * model.dense_first, None) if caches is None else caches
-        table = weight(self.embedding, model.dtype)
-        x = constrain(jnp.take(table, ids, axis=0) * model.width**0.5, "batch", None, None)
+        # Looked up in float32: the gradient adds up a row for each occurrence of a token, too many for bfloat16.
+        rows = jnp.take(weight(self.embedding, "float32"), ids, axis=0) * model.width**0.5
+        x = constrain(rows.astype(model.dtype), "batch", None, None)
         keys = [None] * (model.dense_first + 2) if key is None else jax.random.split(key, model.dense_first + 2)
         x = dropout(x, model.dropout, keys[0])
 

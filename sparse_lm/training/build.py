@@ -43,7 +43,7 @@ class Build:
     mesh: Mesh
     functional: Functional
     abstract_state: TrainState  # of jax.ShapeDtypeStruct with shardings
-    abstract_batch: dict[str, jax.ShapeDtypeStruct]
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]  # of a step; an evaluation's has the rows of one microbatch
     init: Callable[[], TrainState]  # the state of step 0, created sharded
     step: Callable[..., tuple[TrainState, dict]]  # (state, batch) -> (state, metrics); the state given is donated
     record: Callable[..., tuple[TrainState, dict, dict]]  # a step that also returns token losses and experts chosen
@@ -59,7 +59,7 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
     learning_rate = schedule(config)
 
     def init(seed: jax.Array) -> TrainState:
-        parameters = fns.init(jax.random.key(seed))
+        parameters = fns.init(jax.random.split(jax.random.key(seed))[0])
         zero = jnp.zeros((), jnp.int32)
         return TrainState(
             seed,
@@ -73,7 +73,7 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
         )
 
     def record(state: TrainState, batch: Batch, given=None) -> tuple[TrainState, dict, dict]:
-        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        key = jax.random.fold_in(jax.random.split(jax.random.key(state.seed))[1], state.step)
 
         def part(batch, key, given):
             differentiate = jax.value_and_grad(loss, has_aux=True)
@@ -111,7 +111,7 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
-        per_token = {n: sums[n] / tokens for n in ("cross_entropy", "balance_loss", "z_loss") if n in sums}
+        per_token = {name: value / tokens for name, value in sums.items() if name not in ("tokens", "bytes")}
         metrics = {
             "loss": sum(per_token.values()),
             **per_token,

@@ -4,40 +4,44 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-PHASES = ("compilation", "evaluation", "checkpoints", "restoring", "data")
+PHASES = ("training", "setup", "data", "restoring", "compilation", "evaluation", "checkpoints", "lost")
 
 
 class Clock:
-    """Seconds in each phase; everything outside one is training.
+    """Seconds in each phase; a phase within another stops the outer one, and outside of all is setup.
 
-    `seconds` are those of training since step 0, over interruptions. The goodput is its share of the time since the
-    process began the run.
+    A run that is continued counts on from `resume`, with what was lost between its checkpoint and its end as a phase.
     """
 
-    def __init__(self, earlier: float = 0.0):
-        self._earlier = earlier
-        self._start = time.monotonic()
+    def __init__(self):
         self.spent = dict.fromkeys(PHASES, 0.0)
+        self._phase, self._since = "setup", time.monotonic()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
+        outer = self._phase
+        self._charge(name)
         try:
             yield
         finally:
-            self.spent[name] += time.monotonic() - start
+            self._charge(outer)
 
-    @property
-    def total(self) -> float:
-        return time.monotonic() - self._start
+    def resume(self, spent: dict[str, float], lost: float) -> None:
+        for name, seconds in (spent | {"lost": spent["lost"] + lost}).items():
+            self.spent[name] += seconds
 
     @property
     def seconds(self) -> float:
-        return self._earlier + self.total - sum(self.spent.values())
-
-    def resume(self, earlier: float) -> None:
-        self._earlier = earlier
+        """Of training."""
+        self._charge(self._phase)
+        return self.spent["training"]
 
     @property
     def goodput(self) -> float:
-        return (self.seconds - self._earlier) / max(self.total, 1e-9)
+        """The share of all time that was training whose result was kept."""
+        return self.seconds / max(sum(self.spent.values()), 1e-9)
+
+    def _charge(self, next_phase: str) -> None:
+        now = time.monotonic()
+        self.spent[self._phase] += now - self._since
+        self._phase, self._since = next_phase, now

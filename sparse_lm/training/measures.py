@@ -34,7 +34,8 @@ def evaluate(
     loss: nats per token at the evaluation capacity; loss_train_capacity: at the training capacity; bits_per_byte: of
     the text, which does not depend on the tokenizer; tokens: how many.
     """
-    batch, rows = program.config.training.batch, program.config.evaluation.rows
+    training, rows = program.config.training, program.config.evaluation.rows
+    batch = training.batch // training.accumulation  # what fits a step's memory
     place = sharding(program.mesh, "batch")
     measured = {}
     for split in splits:

@@ -28,7 +28,7 @@ class RunFolder:
     """
 
     def __init__(self, path: epath.PathLike, config: Config, info: dict, primary: bool = True):
-        """Makes the folder, or goes on with the run in it, and stores the config.
+        """Makes the folder, or opens the run in it, whose config stays as it is until `rewind` goes on with it.
 
         Args:
             path: the folder.
@@ -52,9 +52,11 @@ class RunFolder:
             raise UserError(f"{self.path} can't be made a run's folder: {error.strerror}") from error
         self._lock = _lock(self.path)
         try:
+            self._description = _dump({"config": to_dict(config), **info})
             if self.continued:
                 self._check_same(config, info)
-            _write(self.path / "config.json", _dump({"config": to_dict(config), **info}))
+            else:
+                _write(self.path / "config.json", self._description)
         except BaseException:
             self.close()
             raise
@@ -74,11 +76,17 @@ class RunFolder:
             table.flush()
 
     def rewind(self, step: int) -> None:
-        """Back to just after `step`: later rows and the summary are removed, and what a kill has left of a row."""
+        """Goes on just after `step`: the config is stored, later rows and the summary are removed, and what a kill has
+        left of a row."""
         if self.primary:
+            _write(self.path / "config.json", self._description)
             (self.path / "summary.json").unlink(missing_ok=True)
             for name in ("metrics", "eval"):
                 self._table(name).rewind(step)
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Stores a small file, whole or not at all."""
+        _write(self.path / name, content)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         self.flush()
@@ -244,14 +252,15 @@ def _remote(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
-def _write(path: epath.Path, text: str) -> None:
+def _write(path: epath.Path, content: str | bytes) -> None:
     """The whole file or nothing; an object store does that by itself."""
+    content = content.encode() if isinstance(content, str) else content
     if _remote(path):
-        path.write_text(text)
+        path.write_bytes(content)
         return
     temporary = path.parent / f".{path.name}.tmp"
     try:
-        temporary.write_text(text)
+        temporary.write_bytes(content)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

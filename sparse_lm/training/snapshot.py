@@ -61,13 +61,23 @@ def restore_state(program: Build, checkpoints: Checkpoints, step: int | None = N
 
 
 def initial_state(program: Build, run: str = "") -> TrainState:
-    """The state of step 0, with the parameters and router state of another run (RUN or RUN@STEP) where one is named."""
+    """The state of step 0, with the parameters and router state of another run (RUN@STEP) where one is named."""
     state = program.init()
     if not run:
         return state
-    path, _, step = run.partition("@")
-    if step and not step.isdigit():
-        raise UserError(f"--init-from={run}: the step after @ must be a number, not {step!r}")
+    path, _, step = run.rpartition("@")
     with Checkpoints(f"{path}/checkpoints") as checkpoints:
-        items = restore(program, checkpoints, int(step) if step else None, only=("parameters", "router"))
+        items = restore(program, checkpoints, int(step), only=("parameters", "router"))
     return state._replace(**items)
+
+
+def saved_run(run: str) -> str:
+    """RUN or RUN@STEP as an absolute path and a saved step, by default the newest: what it means stays the same."""
+    path, _, step = run.rpartition("@") if run.rpartition("@")[2].isdigit() else (run, "", "")
+    with Checkpoints(f"{path}/checkpoints") as checkpoints:
+        saved = checkpoints.steps()
+        folder = checkpoints.folder.parent
+    if not saved or (step and int(step) not in saved):
+        has = f"it has saved steps {', '.join(map(str, saved))}" if saved else "it has no saved step"
+        raise UserError(f"--init-from={run} can't be used: {has}")
+    return f"{folder}@{step or saved[-1]}"

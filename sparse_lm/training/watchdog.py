@@ -45,7 +45,7 @@ class Watchdog:
                 if self._left.wait(rest):
                     return
             else:
-                self._warn(what, time.monotonic() - since)
+                self._warn(what, self.seconds * (warnings + 1))
                 warnings += 1
 
     def _warn(self, what: str, seconds: float) -> None:

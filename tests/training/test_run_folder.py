@@ -40,7 +40,8 @@ def test_free_fields_may_change_on_the_way(tmp_path):
     longer = Config()
     longer.training.steps, longer.mesh.fsdp, longer.logging.every = 77, 2, 3
     with RunFolder(tmp_path, resolve(longer), INFO | {"devices": ["tpu"]}) as folder:
-        assert folder.continued
+        assert folder.continued and read_config(tmp_path) == config()
+        folder.rewind(0)
     assert read_config(tmp_path) == resolve(longer)
     assert json.loads((tmp_path / "config.json").read_text())["devices"] == ["tpu"]
 
