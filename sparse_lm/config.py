@@ -168,7 +168,7 @@ class Evaluation(Node):
 @dataclass
 class Checkpoints(Node):
     every: int = 200  # steps; 0: none but at the end and on a signal
-    keep: int = 2  # newest ones, and the best by validation loss besides
+    keep: int = 2  # newest ones, and besides the best by validation loss among those of a step that was evaluated
 
 
 @dataclass
