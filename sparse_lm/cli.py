@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -41,6 +42,11 @@ def _saved_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("step", None, "a saved step; by default the newest", flag_values=values)
 
 
+def _replay_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "", "the run's folder", flag_values=values)
+    flags.DEFINE_integer("step", None, "the step to run again, any that the run has done", flag_values=values)
+
+
 def _evaluate_flags(values: flags.FlagValues) -> None:
     _saved_flags(values)
     _distributed_flags(values)
@@ -75,14 +81,15 @@ def _train(options: flags.FlagValues) -> None:
     from sparse_lm import run
 
     config = resolve(options.config)
-    summary = run.train(config, options.workdir or f"runs/{config.name or 'run'}", options.init_from)
+    workdir = options.workdir or f"runs/{config.name or 'run'}"
+    summary = run.train(config, workdir, options.init_from)
     if not _primary():
         return
     for split, measured in summary["evaluation"].items():
         print(f"{split}: loss {measured['loss']:.4f} nats per token, {measured['bits_per_byte']:.4f} bits per byte")
     print(
         f"{summary['steps']} steps, {summary['tokens']} tokens, {summary['seconds']:.0f} s of training "
-        f"({summary['tokens_per_second']:.0f} tokens per second), goodput {summary['goodput']:.0%}"
+        f"({summary['tokens_per_second']:.0f} tokens per second), goodput {summary['goodput']:.0%}; in {workdir}"
     )
 
 
@@ -114,7 +121,7 @@ def _generate(options: flags.FlagValues) -> None:
     from sparse_lm.serving import Generator, Sampling, beyond_training, generate_folder, stream_text
 
     if bool(options.prompt) == bool(options.prompts) or bool(options.prompts) != bool(options.out):
-        raise UserError("give --prompt=TEXT, or --prompts=FOLDER and --out=FILE.jsonl")
+        raise UserError("give --prompt=TEXT, or --prompts=FOLDER and --out=FILE.jsonl, and not both")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     model = run.load(_workdir(options), options.step)
     tokenizer = model.corpus.tokenizer
@@ -194,7 +201,7 @@ COMMANDS = {
     ),
     "generate": Command("continue a text", _generate_flags, _generate),
     "info": Command("parameters, FLOPs and memory of a config", lambda values: None, _info, True),
-    "replay": Command("run one step of a run again and look into it", _saved_flags, _replay),
+    "replay": Command("run one step of a run again and look into it", _replay_flags, _replay),
 }
 
 
@@ -213,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     except Stopped as error:
         _leave(error, error.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno is None:
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = (
@@ -222,6 +229,8 @@ def main(argv: list[str] | None = None) -> None:
             else error.strerror
         )
         _leave(f"{what} ({error.filename})" if error.filename else what, 2)
+    except MemoryError as error:
+        _leave(f"there is too little memory: {error}", 2)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
 
@@ -264,20 +273,33 @@ def _dispatch(argv: list[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         print(_help(name, command, values))
         return
-    runs = [a for a in arguments if not a.startswith("-")] if name == "compare" else []
+    plain = [a for a in arguments if not a.startswith("-")]
+    runs = plain if name == "compare" and "--config" not in arguments else []
+    if plain and not runs:
+        raise UserError(
+            f"{plain[0]!r} is not understood; flags are written --flag=value, as in --config=configs/quickstart.py"
+        )
+    for a in arguments:
+        flag = a.partition("=")[0].lstrip("-")
+        known = [*values, "config"] if command.config else list(values)
+        if (
+            a.startswith("-")
+            and not flag.removeprefix("no").startswith("config.")
+            and flag.removeprefix("no") not in known
+            and flag not in known
+        ):
+            raise UserError(f"--{flag.replace('_', '-')} is not a flag of {name}{nearest(flag, known)}")
     line = [name, *arguments]
     if command.config and not runs:
         define_config(values, line)
     try:
-        rest = values(line)[1:]
+        values(line)
     except flags.Error as error:
-        raise UserError(
-            str(error).replace("invalid literal for int() with base 10:", "it must be a whole number, not")
-        ) from error
+        said = str(error).replace("invalid literal for int() with base 10:", "it must be a whole number, not")
+        said = re.sub(r"\('Non-boolean argument to boolean flag', (.*)\)", r"it must be true or false, not \1", said)
+        raise UserError(said) from error
     if name == "compare" and len(runs) not in (0, 2):
         raise UserError(f"compare takes --config=FILE, or the folders of two runs; {len(runs)} given: {' '.join(runs)}")
-    if runs != rest:
-        raise UserError(f"{' '.join(rest)!r} is not understood; flags are written --flag=value")
     if command.distributed and not runs:
         _initialize(values)
     command.run(values, *([runs] if name == "compare" else []))

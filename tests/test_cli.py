@@ -30,6 +30,9 @@ def said(capsys, *arguments: str, code: int = 2) -> str:
     [
         (["trian"], "did you mean 'train'?"),
         (["train"], "--config=FILE is missing"),
+        (["train", "--config", "configs/quickstart.py"], "flags are written --flag=value, as in --config="),
+        (["train", "--confg=configs/quickstart.py"], "--confg is not a flag of train; did you mean 'config'?"),
+        (["info", "--workdir=x"], "--workdir is not a flag of info"),
         (["train", "--config=nothing.py"], "nothing.py does not exist"),
         (["evaluate"], "--workdir=DIR is missing"),
         (["evaluate", "--workdir=nowhere"], "there is no run in nowhere: it does not exist"),
@@ -67,7 +70,7 @@ def test_a_config_file_that_is_none(capsys, tmp_path, text, answer):
         ("model.experts.x=4", "it is a value, 8"),
         ("model.experts=many", "it must be a whole number, not 'many'"),
         ("model.capacity_factor=wide", "could not convert string to float: 'wide'"),
-        ("model.scan=5", "Non-boolean argument"),
+        ("model.scan=5", "it must be true or false, not '5'"),
         ("model.capacity_factor=0", "model.capacity_factor is 0.0; it must be above 0"),
         ("model.eval_capacity_factor=-1", "it must be above 0"),
         ("model.top_k=9", "model.top_k is 9, above model.experts=8"),

@@ -56,7 +56,7 @@ def _flops(cost: Flops, model: Model, length: int) -> str:
         what += [f"places at a capacity factor of {model.capacity_factor:g} in groups of {model.group_size} tokens"]
         what += ["dispatch and combine masks"] * (model.executor == "einsum")
     what += ["layers computed again in the backward pass"] * (model.remat == "full")
-    return f"{table(rows)}\nexecuted: {', '.join(what)}"
+    return f"{table(rows)}\nexecuted, without the optimizer: {', '.join(what)}"
 
 
 def _memory(config: Config, mesh: Mesh) -> str:

@@ -59,7 +59,10 @@ def schedule(config: configs.Config) -> optax.Schedule:
     optimizer, steps = config.optimizer, config.training.steps
     peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
     if warmup >= steps and warmup:
-        raise UserError(f"optimizer.warmup_steps is {warmup}; it must be below training.steps={steps}")
+        raise UserError(
+            f"optimizer.warmup_steps is {warmup}; it must be below training.steps={steps}; "
+            f"--config.optimizer.warmup_steps={steps // 10} would do"
+        )
     after = create("optimizer.schedule", SCHEDULES, optimizer.schedule, peak, warmup, steps)
     return lambda count: jnp.where(
         count < warmup, peak * (count + 1) / max(warmup, 1), after(jnp.maximum(count - warmup, 0))

@@ -9,6 +9,7 @@ from sparse_lm.errors import UserError
 from sparse_lm.training.build import Build, TrainState
 from sparse_lm.training.checkpoints import Checkpoints
 from sparse_lm.training.layout import abstract_slices, stack, unstack
+from sparse_lm.training.run_folder import read_config
 
 POSITION = ("seed", "step", "tokens", "skipped", "skipped_in_a_row")  # the counters of a TrainState
 
@@ -74,6 +75,7 @@ def initial_state(program: Build, run: str = "") -> TrainState:
 def saved_run(run: str) -> str:
     """RUN or RUN@STEP as an absolute path and a saved step, by default the newest: what it means stays the same."""
     path, _, step = run.rpartition("@") if run.rpartition("@")[2].isdigit() else (run, "", "")
+    read_config(path)
     with Checkpoints(f"{path}/checkpoints") as checkpoints:
         saved = checkpoints.steps()
         folder = checkpoints.folder.parent

@@ -16,7 +16,7 @@ class TensorBoard:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError as error:
             raise UserError(
-                "logging.tensorboard is set, and tensorboard is not installed: pip install 'sparse_lm[tensorboard]'"
+                "logging.tensorboard is set, and tensorboard is not installed: pip install tensorboard"
             ) from error
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._writer = EventFileWriter(str(folder))
