@@ -1,5 +1,6 @@
 """The main job runs on a newer Python with a newer jax."""
 
+import os
 import pathlib
 import shutil
 import subprocess
@@ -10,14 +11,21 @@ import pytest
 from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[1]
-NEWER = [f"python3.{minor}" for minor in (14, 13, 12) if minor > sys.version_info.minor]
+MINORS = [minor for minor in (14, 13, 12) if minor > sys.version_info.minor]
+
+
+def newer_pythons() -> list[str]:
+    """Interpreters newer than this one: on the path, and those of pyenv, which are not on it."""
+    pyenv = pathlib.Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
+    found = [shutil.which(f"python3.{m}") for m in MINORS]
+    found += [str(path) for m in MINORS for path in sorted(pyenv.glob(f"3.{m}.*/bin/python"))]
+    return [p for p in found if p and subprocess.run([p, "-c", ""], capture_output=True).returncode == 0]
 
 
 @pytest.mark.slow
 def test_the_main_job_on_a_newer_python(tmp_path):
     """Installs into an environment of its own and compares two small models. Fails where no newer Python is found."""
-    working = lambda name: shutil.which(name) and subprocess.run([name, "-c", ""], capture_output=True).returncode == 0
-    python = next(filter(working, NEWER))
+    python, *_ = newer_pythons()
     subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info"))
