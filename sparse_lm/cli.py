@@ -222,12 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = (
-            "the disk is full; free some space, or choose another --workdir or --config.cache"
-            if full
-            else error.strerror
-        )
+        full = "the disk is full; free some space, or choose another --workdir or --config.cache"
+        what = full if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         _leave(f"{what} ({error.filename})" if error.filename else what, 2)
     except MemoryError as error:
         _leave(f"there is too little memory: {error}", 2)
@@ -257,6 +253,14 @@ def _underscores(argument: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
 
 
+def _check_flags(name: str, command: Command, values: flags.FlagValues, arguments: list[str]) -> None:
+    known = [*values, *["config"] * command.config]
+    for argument in arguments:
+        flag = argument.partition("=")[0].lstrip("-").removeprefix("no")
+        if argument.startswith("-") and flag not in known and not flag.startswith("config."):
+            raise UserError(f"--{flag.replace('_', '-')} is not a flag of {name}{nearest(flag, known)}")
+
+
 def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("usage: sparse-lm COMMAND --FLAG=VALUE …   (sparse-lm COMMAND --help lists the flags)\n")
@@ -279,16 +283,7 @@ def _dispatch(argv: list[str]) -> None:
         raise UserError(
             f"{plain[0]!r} is not understood; flags are written --flag=value, as in --config=configs/quickstart.py"
         )
-    for a in arguments:
-        flag = a.partition("=")[0].lstrip("-")
-        known = [*values, "config"] if command.config else list(values)
-        if (
-            a.startswith("-")
-            and not flag.removeprefix("no").startswith("config.")
-            and flag.removeprefix("no") not in known
-            and flag not in known
-        ):
-            raise UserError(f"--{flag.replace('_', '-')} is not a flag of {name}{nearest(flag, known)}")
+    _check_flags(name, command, values, arguments)
     line = [name, *arguments]
     if command.config and not runs:
         define_config(values, line)
