@@ -1,5 +1,4 @@
 import runpy
-import time
 from pathlib import Path
 
 import pytest
@@ -35,11 +34,9 @@ def test_ranges_are_short(numbers, shown):
     assert ranges(numbers) == shown
 
 
-def test_a_trillion_parameters_take_no_time():
+def test_a_trillion_parameters_are_arithmetic():
     config = configs.resolve(runpy.run_path(str(CONFIGS / "switch_c.py"))["get_config"]())
-    start = time.perf_counter()
     text = cost.info_table(config)
-    assert time.perf_counter() - start < 1
     assert text.startswith("switch_c: 1.57 T parameters, 1.54 B active per token")
     assert "2048 × 25.6 M" in text and "12.6 TB" in text and "data 1 × fsdp 1 × expert 256 × tensor 2" in text
 

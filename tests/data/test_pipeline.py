@@ -118,13 +118,21 @@ def test_prefetch_works_ahead_but_no_further_than_its_depth():
 
 
 def test_prefetch_counts_only_the_time_that_its_consumer_waits():
-    with Prefetch(lambda i: time.sleep(0.1), 0, 2) as values:
+    second = threading.Event()
+
+    def make(i):
+        if i == 0:
+            time.sleep(0.5)
+        else:
+            second.set()
+
+    with Prefetch(make, 0, 2) as values:
         next(values)
         waited = values.wait_seconds
-        time.sleep(0.3)
+        assert waited > 0.2
+        assert second.wait(60)
         next(values)
-        assert 0.08 < waited < 0.3
-        assert values.wait_seconds - waited < 0.05
+        assert values.wait_seconds - waited < waited  # it was there already
 
 
 def test_an_exception_comes_where_its_value_would_have_come():
