@@ -55,7 +55,7 @@ def two(tmp_path):
 def run(code: str, *arguments, devices: int = 1, check: bool = True, **more) -> subprocess.CompletedProcess:
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=check, timeout=120, **more)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=check, timeout=300, **more)
 
 
 def flip(step_folder, item: str, name: str) -> None:
@@ -309,7 +309,7 @@ def test_restores_onto_another_mesh_and_another_number_of_processes_and_back(tmp
         subprocess.Popen([*command, str(i)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for i in (0, 1)
     ]
-    ends = [process.communicate(timeout=120) for process in pair]
+    ends = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], ends
     step, found = Checkpoints(tmp_path).restore(abstract(items))
     assert step == 3 and same(found, jax.tree.map(lambda a: a + 2 if a.dtype == np.float32 else a + np.int32(2), items))
