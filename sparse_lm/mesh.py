@@ -62,12 +62,12 @@ def check(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
         "batch": ("training.batch / training.accumulation", batch),
         "width": ("model.width", model.width),
         "heads": ("model.kv_heads", model.kv_heads),
-        "hidden": ("model.expert_width", model.expert_width),
         "vocabulary": ("model.vocabulary", model.vocabulary),
     }
     checks = list(sizes.items())
     if model.dense_first or model.expert_every > 1:
         checks.append(("hidden", ("model.ffn_width", model.ffn_width)))
+    checks.append(("hidden", ("model.expert_width", model.expert_width)))
     if model.experts:
         checks.append(("experts", ("model.experts", model.experts)))
         groups = batch * config.data.length // model.group_size
