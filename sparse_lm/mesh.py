@@ -58,23 +58,22 @@ def check(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
     """Raises `UserError` for a size of the config that an axis of the mesh does not divide."""
     model, training = config.model, config.training
     batch = training.batch // training.accumulation
-    sizes = {
-        "batch": ("training.batch / training.accumulation", batch),
-        "width": ("model.width", model.width),
-        "heads": ("model.kv_heads", model.kv_heads),
-        "vocabulary": ("model.vocabulary", model.vocabulary),
-    }
-    checks = list(sizes.items())
+    checks = [
+        ("batch", "training.batch / training.accumulation", batch),
+        ("width", "model.width", model.width),
+        ("heads", "model.kv_heads", model.kv_heads),
+        ("vocabulary", "model.vocabulary", model.vocabulary),
+        ("hidden", "model.expert_width", model.expert_width),
+    ]
     if model.dense_first or model.expert_every > 1:
-        checks.append(("hidden", ("model.ffn_width", model.ffn_width)))
-    checks.append(("hidden", ("model.expert_width", model.expert_width)))
+        checks.insert(-1, ("hidden", "model.ffn_width", model.ffn_width))
     if model.experts:
-        checks.append(("experts", ("model.experts", model.experts)))
         groups = batch * config.data.length // model.group_size
+        checks.append(("experts", "model.experts", model.experts))
         checks.append(
-            ("groups", ("the number of routing groups in a step (rows × data.length / model.group_size)", groups))
+            ("groups", "the number of routing groups in a step (rows × data.length / model.group_size)", groups)
         )
-    for axis, (name, size) in checks:
+    for axis, name, size in checks:
         parts = int(np.prod([mesh.shape[m] for m in RULES[axis]]))
         if size % parts:
             near = max(parts, round(size / parts) * parts)

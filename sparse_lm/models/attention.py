@@ -13,7 +13,7 @@ from sparse_lm.parameter import matrix, weight
 
 
 class Cache(NamedTuple):
-    """Keys and values of T positions, of which the first `length` are written."""
+    """Keys and values of T positions."""
 
     key: Float[Array, "B T N h"]
     value: Float[Array, "B T N h"]

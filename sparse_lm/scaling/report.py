@@ -10,6 +10,7 @@ from sparse_lm.cost.info import human, table
 from sparse_lm.scaling.outcome import Run
 from sparse_lm.scaling.picture import picture
 from sparse_lm.scaling.statistics import BETTER, DIVERGED, NOT_JUDGED, SAME, WORSE
+from sparse_lm.training.run_folder import write_whole
 
 Comparison = dict[str, Any]
 
@@ -25,12 +26,7 @@ def write(result: Comparison, sides: dict[str, Sequence[Run]], folder: epath.Pat
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        temporary = folder / f".{name}.tmp"
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(folder / name, content)
 
 
 def summary(result: Comparison) -> str:

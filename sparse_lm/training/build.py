@@ -144,12 +144,8 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
 
     def compiled(function: Callable, **options) -> Callable:
         jitted = jax.jit(function, **options)
-
-        def call(*args):
-            with jax.set_mesh(mesh):
-                return jitted(*args)
-
-        call.lower = lambda *args: _lower(jitted, mesh, args)
+        call = _under(mesh, jitted)
+        call.lower = _under(mesh, jitted.lower)
         return call
 
     step_options = dict(in_shardings=(states, batches), donate_argnums=0)
@@ -166,9 +162,14 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
     )
 
 
-def _lower(jitted: Callable, mesh: Mesh, args: tuple) -> jax.stages.Lowered:
-    with jax.set_mesh(mesh):
-        return jitted.lower(*args)
+def _under(mesh: Mesh, function: Callable) -> Callable:
+    """The function, called with the mesh in force."""
+
+    def call(*args):
+        with jax.set_mesh(mesh):
+            return function(*args)
+
+    return call
 
 
 def accumulate(part: Callable, batch: Batch, key: jax.Array, given: Any, parts: int) -> tuple[Any, Any]:

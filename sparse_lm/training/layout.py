@@ -1,7 +1,7 @@
 """Names per logical layer, so that a checkpoint does not depend on how layers are grouped for the scan.
 
 In memory the layers of one place of the period are stacked: `period/1/attention/query` of shape [n, …]. In a checkpoint
-each is by itself: `layer_03/attention/query`.
+each is by itself: `layer_003/attention/query`.
 """
 
 from typing import Any

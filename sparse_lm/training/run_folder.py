@@ -56,7 +56,7 @@ class RunFolder:
             if self.continued:
                 self._check_same(config, info)
             else:
-                _write(self.path / "config.json", self._description)
+                write_whole(self.path / "config.json", self._description)
         except BaseException:
             self.close()
             raise
@@ -79,14 +79,14 @@ class RunFolder:
         """Goes on just after `step`: the config is stored, later rows and the summary are removed, and what a kill has
         left of a row."""
         if self.primary:
-            _write(self.path / "config.json", self._description)
+            write_whole(self.path / "config.json", self._description)
             (self.path / "summary.json").unlink(missing_ok=True)
             for name in ("metrics", "eval"):
                 self._table(name).rewind(step)
 
     def keep(self, name: str, content: bytes) -> None:
         """Stores a small file, whole or not at all."""
-        _write(self.path / name, content)
+        write_whole(self.path / name, content)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         self.flush()
@@ -96,7 +96,7 @@ class RunFolder:
         """Writes summary.json, which marks a run as finished."""
         if self.primary:
             self.flush()
-            _write(self.path / "summary.json", _dump(_plain(summary)))
+            write_whole(self.path / "summary.json", _dump(_plain(summary)))
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, otherwise None."""
@@ -164,7 +164,7 @@ class Table:
 
     def flush(self) -> None:
         if self._waiting:
-            _write(self.folder / f"{self.name}-{self._stored:08d}.jsonl", "".join(self._waiting))
+            write_whole(self.folder / f"{self.name}-{self._stored:08d}.jsonl", "".join(self._waiting))
             self._stored += len(self._waiting)
             self._waiting.clear()
 
@@ -177,7 +177,7 @@ class Table:
             if not kept:
                 path.unlink()
             elif kept != text:
-                _write(path, kept)
+                write_whole(path, kept)
         self._stored = len(read_rows(self.folder, self.name)) if self.parts else 0
 
     def close(self) -> None:
@@ -252,7 +252,7 @@ def _remote(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
-def _write(path: epath.Path, content: str | bytes) -> None:
+def write_whole(path: epath.Path, content: str | bytes) -> None:
     """The whole file or nothing; an object store does that by itself."""
     content = content.encode() if isinstance(content, str) else content
     if _remote(path):
