@@ -1,0 +1,102 @@
+"""A block-sparse matrix product over the dense one at densities 1/2 … 1/16: forward and both gradients, on CPU.
+
+    python experiments/benchmarks/block_sparse.py [--tokens=1024] [--width=2048] [--hidden=8192] [--block=128]
+        [--layout=small_world] [--rounds=15]
+
+For x [tokens, width] by [width, hidden] and for the way back, [tokens, hidden] by [hidden, width], all in float32,
+alternated round by round. For each density: the median ratio of times with its quartiles; that ratio over the density,
+which is 1 where time is proportional to the blocks that exist; and the rate over that of a large square product.
+"""
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from sparse_lm.config import choice
+from sparse_lm.errors import UserError
+from sparse_lm.kernels.block_sparse import block_sparse_matmul
+from sparse_lm.layouts import layout
+
+DENSITIES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+SQUARE = 2048
+
+
+def main() -> None:
+    values = flags.FlagValues()
+    for name, default, what in (
+        ("tokens", 1024, "rows of x"),
+        ("width", 2048, "features of one side"),
+        ("hidden", 8192, "features of the other"),
+        ("block", 128, "rows and columns of a block"),
+        ("rounds", 15, "alternations"),
+    ):
+        flags.DEFINE_integer(name, default, what, flag_values=values)
+    flags.DEFINE_string("layout", "small_world", "which blocks exist", flag_values=values)
+    values(sys.argv)
+    for widths in ((values.width, values.hidden), (values.hidden, values.width)):
+        compare(values, *widths)
+
+
+def compare(values: flags.FlagValues, width_in: int, width_out: int) -> None:
+    print(f"x [{values.tokens}, {width_in}] by [{width_in}, {width_out}], {values.layout}, block {values.block}")
+    square = jnp.ones((SQUARE, SQUARE))
+    sides = {"square": jax.jit(lambda: square @ square), "dense": dense(values.tokens, width_in, width_out)}
+    densities = {}
+    for density in DENSITIES:
+        name, chosen = f"1/{round(1 / density)}", choice(values.layout, density=density, block=values.block)
+        try:
+            made = layout(chosen, width_in, width_out, "layout")
+        except UserError as error:
+            print(f"  {name:>5}: {error}")
+            continue
+        densities[name] = made.count / (made.shape[0] * made.shape[1])
+        sides[name] = sparse(values.tokens, made)
+    times = {name: [] for name in sides}
+    for run in sides.values():  # compiles
+        jax.block_until_ready(run())
+    for _ in range(values.rounds):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - start)
+    times = {name: np.array(seconds) for name, seconds in times.items()}
+    flops = 6 * values.tokens * width_in * width_out
+    for name, density in {"dense": 1.0, **densities}.items():
+        low, middle, high = np.quantile(times[name] / times["dense"], [0.25, 0.5, 0.75])
+        share = np.median(density * flops / times[name] / (2 * SQUARE**3 / times["square"]))
+        print(
+            f"  {name:>5}: time / dense {middle:.3f} ({low:.3f} to {high:.3f}), over density {middle / density:.2f}, "
+            f"{share:.0%} of the rate of a square product"
+        )
+
+
+def dense(tokens: int, width_in: int, width_out: int):
+    return timed(lambda x, w: x @ w, (tokens, width_in), (width_in, width_out), width_out)
+
+
+def sparse(tokens: int, made):
+    product = lambda x, blocks: block_sparse_matmul(x, blocks, made)
+    return timed(product, (tokens, made.width_in), (made.count, made.block, made.block), made.width_out)
+
+
+def timed(product, shape_x, shape_w, width_out):
+    """The product and its gradients by x and by the weights, compiled, of fixed random arrays."""
+    x, w, gradient = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate((shape_x, shape_w, (shape_x[0], width_out)))
+    )
+
+    @jax.jit
+    def run(x, w, gradient):
+        y, backward = jax.vjp(product, x, w)
+        return y, backward(gradient)
+
+    return lambda: run(x, w, gradient)
+
+
+if __name__ == "__main__":
+    main()

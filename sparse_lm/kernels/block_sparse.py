@@ -1,0 +1,183 @@
+"""Block-sparse matrix multiplication: y = x W where only chosen blocks of W exist, and its gradients.
+
+After Gray, Radford and Kingma 2017, "GPU kernels for block-sparse weights". Time and memory grow with the blocks that
+exist. A TPU runs the Pallas kernels in block_sparse_tpu.py, everything else products of gathered blocks.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparse_lm import mesh
+from sparse_lm.kernels import block_sparse_tpu
+from sparse_lm.layouts import Layout
+
+LOOPS = 4  # of one product at most; each is compiled apart
+
+
+def block_sparse_matmul(
+    x: Float[Array, "*batch D"], blocks: Float[Array, "n b b"], layout: Layout
+) -> Float[Array, "*batch F"]:
+    """x W in x's dtype, accumulated in float32, where W's blocks stand in the layout's order, each [in, out].
+
+    Under a mesh (`jax.set_mesh`) the first axis of x is divided as a batch is, and each device multiplies its own rows.
+    Raises `ValueError` where the shapes are not those of the layout.
+    """
+    expected = (layout.width_in, (layout.count, layout.block, layout.block))
+    if (x.shape[-1], blocks.shape) != expected:
+        raise ValueError(f"x of width {x.shape[-1]} and blocks {blocks.shape}; the layout has {expected}")
+    return _product(x, blocks.astype(x.dtype), layout)
+
+
+def reference(x: Float[Array, "*batch D"], blocks: Float[Array, "n b b"], layout: Layout) -> Float[Array, "*batch F"]:
+    """The same by the dense matrix, which has 0 where there is no block."""
+    rows, columns = layout.shape
+    dense = jnp.zeros((rows, columns, layout.block, layout.block), x.dtype)
+    dense = dense.at[np.array(layout.rows), np.array(layout.columns)].set(blocks.astype(x.dtype))
+    dense = dense.swapaxes(1, 2).reshape(layout.width_in, layout.width_out)
+    return jnp.dot(x, dense, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Float[Array, "*batch D"], blocks: Float[Array, "n b b"], layout: Layout) -> Float[Array, "*batch F"]:
+    def product(x, blocks):
+        y = jax.lax.platform_dependent(
+            x.reshape(-1, layout.width_in),
+            blocks,
+            tpu=functools.partial(block_sparse_tpu.matmul, layout=layout),
+            default=functools.partial(gathered_matmul, layout=layout),
+        )
+        return y.reshape(*x.shape[:-1], layout.width_out)
+
+    if _axes(x):
+        rows = mesh.spec("batch")
+        product = jax.shard_map(product, in_specs=(rows, mesh.spec()), out_specs=rows, check_vma=False)
+    return product(x, blocks)
+
+
+def _forward(x, blocks, layout):
+    return _product(x, blocks, layout), (x, blocks)
+
+
+def _backward(layout, saved, gradient):
+    x, blocks = saved
+    axes = _axes(x)
+
+    def gradients(x, blocks, gradient):
+        dx, d_blocks = jax.lax.platform_dependent(
+            x.reshape(-1, layout.width_in),
+            blocks,
+            gradient.reshape(-1, layout.width_out),
+            tpu=functools.partial(block_sparse_tpu.gradients, layout=layout),
+            default=functools.partial(gathered_gradients, layout=layout),
+        )
+        return dx.reshape(x.shape), jax.lax.psum(d_blocks, axes)
+
+    if axes:
+        rows, whole = mesh.spec("batch"), mesh.spec()
+        gradients = jax.shard_map(gradients, in_specs=(rows, whole, rows), out_specs=(rows, whole), check_vma=False)
+    return gradients(x, blocks, gradient)
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _axes(x: jax.Array) -> tuple[str, ...]:
+    """The axes of the mesh in force that divide the first axis of x."""
+    return () if x.ndim == 1 or jax.sharding.get_abstract_mesh().empty else mesh.RULES["batch"]
+
+
+def gathered_matmul(x: Float[Array, "N D"], blocks: Float[Array, "n b b"], layout: Layout) -> Float[Array, "N F"]:
+    """For each column of blocks, one product: the slabs of x that it uses, side by side, times its blocks.
+
+    A loop of products of two matrices, because these run at full speed where products with a batch axis do not, and
+    because its program does not grow with the number of blocks.
+    """
+    b = layout.block
+    y = jnp.zeros((len(x), layout.width_out), x.dtype)
+    for index, other, number in _by_count(layout.columns, layout.rows, layout.shape[1]):
+        stacked = _take(blocks, number).reshape(len(index), -1, b)
+
+        def column(y, line):
+            at, other, stacked = line
+            return _put(y, _dot(_slabs(x, other, b), stacked, 1, 0), at, b), None
+
+        y, _ = jax.lax.scan(column, y, (index, other, stacked))
+    return y
+
+
+def gathered_gradients(
+    x: Float[Array, "N D"], blocks: Float[Array, "n b b"], gradient: Float[Array, "N F"], layout: Layout
+) -> tuple[Float[Array, "N D"], Float[Array, "n b b"]]:
+    """For each row of blocks, the slabs of the gradient that it uses, side by side: times its blocks they are the
+    gradient of a slab of x, and with that slab they give the gradients of the blocks."""
+    b = layout.block
+    dx = jnp.zeros_like(x)
+    stacks, numbers = [], []
+    for index, other, number in _by_count(layout.rows, layout.columns, layout.shape[0]):
+        m, count = number.shape
+        stacked = _take(blocks, number).swapaxes(1, 2).reshape(m, b, count * b)
+
+        def row(dx, line):
+            at, other, stacked = line
+            slabs = _slabs(gradient, other, b)
+            dx = _put(dx, _dot(slabs, stacked, 1, 1), at, b)
+            return dx, _dot(_slabs(x, at[None], b), slabs, 0, 0)
+
+        dx, stacked = jax.lax.scan(row, dx, (index, other, stacked))
+        stacks.append(stacked.reshape(m, b, count, b).swapaxes(1, 2).reshape(m * count, b, b))
+        numbers.append(number.reshape(-1))
+    # Where the gradient of each block stands; that of the padding, numbered n, comes last and is left out.
+    order = np.argsort(np.concatenate(numbers), kind="stable")[: layout.count]
+    return dx, jnp.concatenate(stacks)[order]
+
+
+class _Lines(NamedTuple):
+    """m lines (rows or columns of blocks) that are computed alike, with places for `count` blocks each."""
+
+    index: Int[np.ndarray, " m"]
+    other: Int[np.ndarray, "m count"]  # the column or row of each block
+    number: Int[np.ndarray, "m count"]  # of each block; n for padding, a block of zeros
+
+
+def _by_count(lines: tuple[int, ...], others: tuple[int, ...], number: int) -> list[_Lines]:
+    """The lines that have blocks, by their number of blocks: exactly where that makes LOOPS groups or fewer, otherwise
+    padded up to the LOOPS numbers that need the least padding (found greedily)."""
+    lines, others = np.array(lines), np.array(others)
+    order, counts = np.lexsort((others, lines)), np.bincount(lines, minlength=number)
+    start = np.cumsum(counts) - counts
+    sizes = np.unique(counts[counts > 0])
+    while len(sizes) > LOOPS:
+        # Without a size, the lines that it holds are padded to the next.
+        held = np.histogram(counts, [1, *(sizes + 1)])[0][:-1]
+        sizes = np.delete(sizes, np.argmin(held * np.diff(sizes)))
+    groups = []
+    for below, size in zip([0, *sizes], sizes):
+        index = np.flatnonzero((counts > below) & (counts <= size))
+        place = start[index, None] + np.arange(size)
+        block = np.append(order, len(order))[np.where(np.arange(size) < counts[index, None], place, len(order))]
+        groups.append(_Lines(index, np.append(others, 0)[block], block))
+    return groups
+
+
+def _take(blocks: Float[Array, "n b b"], number: Int[np.ndarray, "m count"]) -> Float[Array, "m count b b"]:
+    return blocks.at[number].get(mode="fill", fill_value=0)
+
+
+def _slabs(x: Float[Array, "N D"], index: Int[Array, " count"], width: int) -> Float[Array, "N slabs"]:
+    slabs = [jax.lax.dynamic_slice_in_dim(x, index[i] * width, width, axis=1) for i in range(len(index))]
+    return jnp.concatenate(slabs, axis=1)
+
+
+def _put(y: Float[Array, "N F"], slab: Float[Array, "N b"], index: Int[Array, ""], width: int) -> Float[Array, "N F"]:
+    return jax.lax.dynamic_update_slice_in_dim(y, slab, index * width, axis=1)
+
+
+def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    """The product over one axis of each, accumulated in float32, in the dtype of the first."""
+    product = jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+    return product.astype(a.dtype)

@@ -1,0 +1,151 @@
+"""Pallas TPU kernels for block-sparse matrix multiplication: their grids visit exactly the blocks that exist.
+
+The places of the blocks are prefetched into scalar memory, where they steer which part of an operand a step reads and
+writes. Blocks that add up to one part of the result come one after another, so that it stays in VMEM until it is whole.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from sparse_lm.errors import UserError
+from sparse_lm.layouts import Layout
+
+LANES = 128  # the width of a vector register: what lies side by side is cut at its multiples
+TILE_BYTES = 2**21  # of the operand that stays in VMEM while a tile of tokens meets all blocks
+TILE_TOKENS = 1024  # at most
+
+
+def check_tpu_block(block: int, what: str) -> None:
+    """Raises `UserError` for a size of blocks, set at the field `what`, that a TPU can't tile."""
+    if block % LANES:
+        fit = max(1, round(block / LANES)) * LANES
+        raise UserError(f"{what} is {block}; a TPU needs a multiple of {LANES}, the nearest is {fit}")
+
+
+def gradients(
+    x: Float[Array, "N D"],
+    blocks: Float[Array, "n b b"],
+    gradient: Float[Array, "N F"],
+    layout: Layout,
+    interpret: bool = False,
+) -> tuple[Float[Array, "N D"], Float[Array, "n b b"]]:
+    """The gradients of `matmul` by x and by the blocks, from that by its result."""
+    dx = matmul(gradient, blocks, layout, transposed=True, interpret=interpret)
+    return dx, blocks_gradient(x, gradient, layout, interpret=interpret)
+
+
+def matmul(
+    x: Float[Array, "N D"],
+    blocks: Float[Array, "n b b"],
+    layout: Layout,
+    transposed: bool = False,
+    interpret: bool = False,
+) -> Float[Array, "N F"]:
+    """x W, or x Wᵀ: for each tile of tokens, for each block, column after column of the result."""
+    b, (parts_in, parts_out) = layout.block, layout.shape
+    source, target = np.array(layout.rows), np.array(layout.columns)
+    if transposed:
+        source, target, parts_in, parts_out = target, source, parts_out, parts_in
+    number = np.lexsort((source, target))
+    source, target = source[number], target[number]
+    tokens, tile = len(x), _tile(len(x), x.shape[1], x.dtype)
+    y = pl.pallas_call(
+        functools.partial(_matmul_kernel, b=b, transposed=transposed),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(pl.cdiv(tokens, tile), layout.count),
+            in_specs=[
+                pl.BlockSpec((tile, parts_in * b), lambda i, p, source, target, number: (i, 0)),
+                pl.BlockSpec((1, b, b), lambda i, p, source, target, number: (number[p], 0, 0)),
+            ],
+            out_specs=pl.BlockSpec((tile, b), lambda i, p, source, target, number: (i, target[p])),
+            scratch_shapes=[pltpu.VMEM((tile, b), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct((tokens, parts_out * b), x.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="block_sparse_matmul",
+    )(*(a.astype(np.int32) for a in (source, target, number)), x, blocks)
+    visited = np.bincount(target, minlength=parts_out) > 0
+    return y if visited.all() else jnp.where(np.repeat(visited, b), y, 0)
+
+
+def _matmul_kernel(source, target, number, x, block, y, total, *, b: int, transposed: bool):
+    p = pl.program_id(1)
+    first, last = _first_and_last(target, p)
+
+    @pl.when(first)
+    def _():
+        total[...] = jnp.zeros_like(total)
+
+    slab = x[:, pl.ds(pl.multiple_of(source[p] * b, b), b)]
+    contract = (((1,), (1 if transposed else 0,)), ((), ()))
+    total[...] += jax.lax.dot_general(slab, block[0], contract, preferred_element_type=jnp.float32)
+
+    @pl.when(last)
+    def _():
+        y[...] = total[...].astype(y.dtype)
+
+
+def blocks_gradient(
+    x: Float[Array, "N D"], gradient: Float[Array, "N F"], layout: Layout, interpret: bool = False
+) -> Float[Array, "n b b"]:
+    """For each block, over the tiles of tokens: its slab of x, transposed, times its slab of the gradient."""
+    b, tokens, tile = layout.block, len(x), _tile(len(x), 2 * layout.block, x.dtype)
+    rows, columns = np.array(layout.rows, np.int32), np.array(layout.columns, np.int32)
+    return pl.pallas_call(
+        functools.partial(_gradient_kernel, tokens=tokens),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(layout.count, pl.cdiv(tokens, tile)),
+            in_specs=[
+                pl.BlockSpec((tile, b), lambda p, i, rows, columns: (i, rows[p])),
+                pl.BlockSpec((tile, b), lambda p, i, rows, columns: (i, columns[p])),
+            ],
+            out_specs=pl.BlockSpec((1, b, b), lambda p, i, rows, columns: (p, 0, 0)),
+            scratch_shapes=[pltpu.VMEM((b, b), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct((layout.count, b, b), x.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="block_sparse_gradient",
+    )(rows, columns, x, gradient)
+
+
+def _gradient_kernel(rows, columns, x, gradient, result, total, *, tokens: int):
+    i, tiles = pl.program_id(1), pl.num_programs(1)
+
+    @pl.when(i == 0)
+    def _():
+        total[...] = jnp.zeros_like(total)
+
+    left, right = x[...], gradient[...]
+    if tokens % len(left):  # past the last token stands anything, even NaN
+        inside = i * len(left) + jax.lax.broadcasted_iota(jnp.int32, left.shape, 0) < tokens
+        left, right = jnp.where(inside, left, 0), jnp.where(inside, right, 0)
+    contract = (((0,), (0,)), ((), ()))
+    total[...] += jax.lax.dot_general(left, right, contract, preferred_element_type=jnp.float32)
+
+    @pl.when(i == tiles - 1)
+    def _():
+        result[0] = total[...].astype(result.dtype)
+
+
+def _first_and_last(group, p):
+    """Whether step p is the first, and the last, of the steps that share its group."""
+    end = pl.num_programs(1) - 1
+    first = (p == 0) | (group[jnp.maximum(p - 1, 0)] != group[p])
+    last = (p == end) | (group[jnp.minimum(p + 1, end)] != group[p])
+    return first, last
+
+
+def _tile(tokens: int, width: int, dtype: jnp.dtype) -> int:
+    """Tokens of one tile: what TILE_BYTES of that width hold, in whole registers, or all."""
+    fit = TILE_BYTES // (width * jnp.dtype(dtype).itemsize) // 16 * 16
+    return min(tokens, TILE_TOKENS, max(16, fit))
