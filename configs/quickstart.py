@@ -22,7 +22,6 @@ def get_config() -> Config:
             expert_every=2,
             scan=False,  # four layers compile in seconds and run a quarter faster without the loop
             capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             router=choice("switch"),
         ),
         data=Data(sources=("stdlib",), length=128),

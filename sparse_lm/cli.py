@@ -47,6 +47,13 @@ def _replay_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("step", None, "the step to run again, any that the run has done", flag_values=values)
 
 
+def _profile_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer("steps", 5, "profiled steps", flag_values=values)
+    flags.DEFINE_string(
+        "trace", "", "a folder to leave the trace in, for TensorBoard's profiler or Perfetto", flag_values=values
+    )
+
+
 def _evaluate_flags(values: flags.FlagValues) -> None:
     _saved_flags(values)
     _distributed_flags(values)
@@ -99,6 +106,8 @@ def _evaluate(options: flags.FlagValues) -> None:
     measured = run.evaluate(_workdir(options), options.step, options.capacity_factor)
     if _primary():
         print(json.dumps(measured, indent=2))
+        if measured["leak"]:
+            _warn(f"this loss is not that of a causal language model, and too low: {measured['leak']}")
 
 
 def _compare(options: flags.FlagValues, runs: list[str]) -> None:
@@ -118,6 +127,7 @@ def _compare(options: flags.FlagValues, runs: list[str]) -> None:
 
 def _generate(options: flags.FlagValues) -> None:
     from sparse_lm import run
+    from sparse_lm.routing import ROUTERS
     from sparse_lm.serving import Generator, Sampling, beyond_training, generate_folder, stream_text
 
     if bool(options.prompt) == bool(options.prompts) or bool(options.prompts) != bool(options.out):
@@ -144,13 +154,28 @@ def _generate(options: flags.FlagValues) -> None:
         print()
         longest = len(tokenizer.encode(options.prompt)) + options.tokens
     if warning := beyond_training(longest, model.config.data.length):
-        print(f"WARNING: {warning}", file=sys.stderr)
+        _warn(warning)
+    if not model.config.model.experts:
+        return
+    router = ROUTERS[model.config.model.router.name]
+    if ahead := router.leak(model.config.model):
+        _warn(f"while the model was trained, {ahead}; in generation {router.in_generation}")
+
+
+def _warn(text: str) -> None:
+    print(f"WARNING: {text}", file=sys.stderr)
 
 
 def _info(options: flags.FlagValues) -> None:
     from sparse_lm.cost.info import info_table
 
     print(info_table(resolve(options.config)))
+
+
+def _profile(options: flags.FlagValues) -> None:
+    from sparse_lm.profile import profile, profile_table
+
+    print(profile_table(profile(resolve(options.config), options.steps, options.trace)))
 
 
 def _replay(options: flags.FlagValues) -> None:
@@ -201,6 +226,7 @@ COMMANDS = {
     ),
     "generate": Command("continue a text", _generate_flags, _generate),
     "info": Command("parameters, FLOPs and memory of a config", lambda values: None, _info, True),
+    "profile": Command("show where a training step's time goes", _profile_flags, _profile, True),
     "replay": Command("run one step of a run again and look into it", _replay_flags, _replay),
 }
 

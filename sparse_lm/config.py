@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -69,16 +70,25 @@ class Model(Node):
     scan: bool = True  # layers in one compiled loop; False unrolls it
 
     experts: int = 0  # E in each expert layer; 0: a dense feed-forward layer of expert_width in its place
+    layout: Choice = field(default_factory=lambda: choice("dense"))  # blocks of that layer's matrices that exist
     expert_width: int = 0  # F, hidden width of one expert; 0: ffn_width
     expert_every: int = 2  # every n-th feed-forward layer is an expert layer
     dense_first: int = 0  # dense layers before the first period of expert_every layers
     top_k: int = 1  # K, experts per token
     router: Choice = field(default_factory=lambda: choice("switch"))
-    executor: str = "gather"  # how the experts are computed: einsum, gather
+    shared_experts: int = 0  # experts' widths of one dense layer beside the experts, which every token passes
+    balance_over: str = "group"  # region in which routers balance the load: group, device, batch (a microbatch)
+    executor: str = "auto"  # how the experts are computed: auto, einsum, gather, grouped
+    exchange_buffer: float = math.inf  # rows that grouped makes room for on a device, over an even share; inf: for all
     capacity_factor: float = 1.25  # places per expert in training, over an even share; inf: nothing is dropped
-    eval_capacity_factor: float = 2.0  # the same in evaluation
+    eval_capacity_factor: float = math.inf  # the same in evaluation, where both are measured
     group_size: int = 0  # S, tokens that compete for the same places; 0: one row of data.length
     expert_dropout: float = 0.0  # on the hidden units of experts
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a token uses some of the parameters, or of the blocks of a matrix, only."""
+        return self.experts > 0 or self.layout.name != "dense"
 
     @property
     def gated(self) -> bool:
@@ -149,6 +159,15 @@ class Optimizer(Node):
 
 
 @dataclass
+class Anticipation(Node):
+    """Choices of experts made ahead, after a spike of the loss; see `training.anticipation`."""
+
+    ahead: int = 0  # steps between a choice and its use; 0: none is made ahead
+    spike: float = 1.0  # nats above the running mean of the loss from which on a loss is a spike
+    steps: int = 200  # that it stays on after the last spike
+
+
+@dataclass
 class Training(Node):
     steps: int = 1000
     batch: int = 16  # B, rows per step over all devices
@@ -156,6 +175,7 @@ class Training(Node):
     seed: int = 0  # of initial weights, order of the data, jitter and dropout
     max_skipped: int = 10  # steps in a row with a non-finite gradient before the run ends
     watchdog: float = 600.0  # seconds without a finished step after which the run says where it hangs; 0: never
+    anticipation: Anticipation = field(default_factory=Anticipation)
 
 
 @dataclass
@@ -209,29 +229,29 @@ def resolve(config: Config) -> Config:
 
 POSITIVE = (
     "model.vocabulary model.width model.layers model.heads model.ffn_width model.expert_every model.top_k "
-    "model.capacity_factor model.eval_capacity_factor model.init_scale model.rope_base data.length training.steps "
-    "training.batch training.accumulation training.max_skipped optimizer.learning_rate logging.every evaluation.every "
-    "checkpoints.keep"
+    "model.capacity_factor model.eval_capacity_factor model.exchange_buffer model.init_scale model.rope_base "
+    "data.length training.steps training.batch training.accumulation training.max_skipped optimizer.learning_rate "
+    "training.anticipation.spike training.anticipation.steps logging.every evaluation.every checkpoints.keep"
 ).split()
 NOT_NEGATIVE = (
-    "model.kv_heads model.head_width model.expert_width model.experts model.group_size model.dense_first training.seed "
-    "training.watchdog optimizer.weight_decay optimizer.clip_norm optimizer.warmup_steps evaluation.rows "
-    "checkpoints.every"
+    "model.kv_heads model.head_width model.expert_width model.experts model.group_size model.dense_first "
+    "model.shared_experts training.seed training.watchdog training.anticipation.ahead optimizer.weight_decay "
+    "optimizer.clip_norm optimizer.warmup_steps evaluation.rows checkpoints.every"
 ).split()
+MAY_BE_INFINITE = ("model.capacity_factor", "model.eval_capacity_factor", "model.exchange_buffer")
 BELOW_1 = ("model.dropout", "model.expert_dropout")
 ONE_OF = {
     "model.activation": ("gelu", "geglu", "swiglu"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "model.balance_over": ("group", "device", "batch"),
 }
 
 
 def _check_ranges(config: Config) -> None:
     """What is wrong with a field by itself."""
-    fields = {f"{part.name}.{n}": v for part in dataclasses.fields(config)
-              if isinstance(value := getattr(config, part.name), Node) for n, v in vars(value).items()}  # fmt: skip
-    for path, value in fields.items():
-        if isinstance(value, float) and not math.isfinite(value) and not path.endswith("capacity_factor"):
+    for path, value in _fields(config):
+        if isinstance(value, float) and not math.isfinite(value) and path not in MAY_BE_INFINITE:
             raise UserError(f"{path} is {value}; it must be a finite number")
         if path in POSITIVE and not value > 0:
             raise UserError(f"{path} is {value}; it must be above 0")
@@ -243,6 +263,15 @@ def _check_ranges(config: Config) -> None:
             raise UserError(f"{path} is {value!r}{nearest(value, ONE_OF[path])}")
     if config.training.seed >= 2**31:
         raise UserError(f"training.seed is {config.training.seed}; it must be below 2^31")
+
+
+def _fields(node: Node, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields by their dotted paths, those of nodes within nodes too."""
+    for name, value in vars(node).items():
+        if isinstance(value, Node):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _check_fit(config: Config) -> None:
@@ -258,6 +287,8 @@ def _check_fit(config: Config) -> None:
             f"model.layers is {model.layers}: after model.dense_first={model.dense_first} it must be a multiple of "
             f"model.expert_every={model.expert_every}; the nearest is {fit}"
         )
+    if model.experts and model.layout.name != "dense":
+        raise UserError(f"model.layout is {model.layout.name!r}, for a feed-forward layer; model.experts must be 0")
     if model.experts and model.top_k > model.experts:
         raise UserError(f"model.top_k is {model.top_k}, above model.experts={model.experts}")
     _divides("training.batch", training.batch, "training.accumulation", training.accumulation)
@@ -265,6 +296,11 @@ def _check_fit(config: Config) -> None:
         tokens = training.batch // training.accumulation * config.data.length
         what = "the tokens of a microbatch (training.batch / training.accumulation × data.length),"
         _divides(what, tokens, "model.group_size", model.group_size)
+    if training.anticipation.steps <= (ahead := training.anticipation.ahead):
+        raise UserError(
+            f"training.anticipation.steps is {training.anticipation.steps}; it must be above "
+            f"training.anticipation.ahead={ahead}, since choices are used only {ahead} steps after they are made"
+        )
 
 
 def _divides(what: str, value: int, by: str, divisor: int) -> None:
@@ -305,7 +341,10 @@ def from_dict(values: dict, kind: type = Config) -> Any:
 def identity(config: Config) -> dict[str, Any]:
     """The fields that make a run the run it is, flat; the others (mesh, length, logging, …) may change on the way."""
     values = to_dict(config)
-    values["training"] = {k: values["training"][k] for k in ("batch", "seed")}
+    kept = ["batch", "seed", "anticipation"]
+    if config.training.anticipation.ahead:
+        kept.append("accumulation")  # choices made ahead are kept by microbatch
+    values["training"] = {k: values["training"][k] for k in kept}
     flat = {}
 
     def walk(prefix: str, value: Any):

@@ -29,6 +29,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "table_width": (),
     "norm": (),
     "router_experts": (),
+    "slots": (),
+    "blocks": (),
+    "block_in": (),
+    "block_out": (),
 }
 
 
@@ -79,6 +83,12 @@ def check(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
             near = max(parts, round(size / parts) * parts)
             across = " × ".join(f"mesh.{m}={mesh.shape[m]}" for m in RULES[axis])
             raise UserError(f"{name} is {size}, which {across} does not divide; the nearest that would do is {near}")
+
+
+def platform() -> str:
+    """cpu, gpu or tpu: of the mesh in force, whose devices need not be here; without one, of jax's default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def spec(*axes: str | None) -> PartitionSpec:

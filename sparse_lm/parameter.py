@@ -10,7 +10,7 @@ from sparse_lm.mesh import constrain
 _TRUNCATED = 0.87962566103423978
 
 
-def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, fan_in: int, scale: float) -> nnx.Param:
+def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, fan_in: int | float, scale: float) -> nnx.Param:
     """Truncated normal with standard deviation sqrt(scale / fan_in) (Fedus et al. 2021, section 2.4, with scale s)."""
     deviation = (scale / fan_in) ** 0.5
     values = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape) * (deviation / _TRUNCATED)
@@ -26,5 +26,9 @@ def weight(parameter: nnx.Param, dtype: str | jnp.dtype) -> jax.Array:
 
     Without this the partitioner may divide activations by width instead, which it then can't lay out again cheaply.
     """
-    axes = [None if axis == "width" else axis for axis in parameter.get_metadata("axes") if axis != "layers"]
-    return constrain(parameter[...].astype(dtype), *axes)
+    return constrain(parameter[...].astype(dtype), *weight_axes(parameter))
+
+
+def weight_axes(parameter: nnx.Param) -> tuple[str | None, ...]:
+    """The axes of `weight` in one layer."""
+    return tuple(None if axis == "width" else axis for axis in parameter.get_metadata("axes") if axis != "layers")

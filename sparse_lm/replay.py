@@ -6,10 +6,11 @@ import jax
 import numpy as np
 
 from sparse_lm import config as configs
-from sparse_lm import data
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import sharding
+from sparse_lm.routing import ROUTERS, TokenChoice
 from sparse_lm.run import build_here, same_corpus
+from sparse_lm.training.anticipation import AHEAD, step_batch
 from sparse_lm.training.checkpoints import Checkpoints
 from sparse_lm.training.measures import metrics_row
 from sparse_lm.training.run_folder import read_config, read_info, read_rows
@@ -24,7 +25,7 @@ class Replayed(NamedTuple):
     batch: dict[str, np.ndarray]  # inputs, targets, segments, positions, [B, L]
     token_losses: np.ndarray  # nats, [B, L], 0 for padding
     experts_in_layer: int  # E
-    experts: dict[int, np.ndarray]  # by expert layer: those chosen, [B, L, K], -1 for padding
+    experts: dict[int, np.ndarray]  # by expert layer, where tokens choose: those chosen, [B, L, K], -1 for nobody
     tokenizer: Any
 
 
@@ -40,23 +41,22 @@ def replay(workdir: str, step: int) -> Replayed:
         raise UserError(f"--step is {step}; {workdir} has done steps 1 to {done}")
     program = build_here(config)
     config, corpus = program.config, same_corpus(program.config, workdir)
-    rows, place = config.training.batch, sharding(program.mesh, "batch")
-    batches = corpus.train(config.training.seed, rows)
+    batches, place = corpus.train(config.training.seed, config.training.batch), sharding(program.mesh, "batch")
     with Checkpoints(f"{workdir}/checkpoints") as checkpoints:
         before = max((saved for saved in checkpoints.steps() if saved < step), default=0)
         init_from = read_info(workdir)["init_from"]
         state = restore_state(program, checkpoints, before) if before else initial_state(program, init_from)
     for done in range(before, step - 1):
-        state, _ = program.step(state, data.device_batch(batches, done, rows, place))
-    batch = data.device_batch(batches, step - 1, rows, place)
+        state, _ = program.step(state, step_batch(config, batches, done, place))
+    batch = step_batch(config, batches, step - 1, place)
     _, metrics, seen = jax.device_get(program.record(state, batch))
     return Replayed(
         metrics_row(config.model, step, metrics),
         next((row for row in logged if row["step"] == step), None),
-        jax.device_get(batch),
+        jax.device_get({name: rows for name, rows in batch.items() if name != AHEAD}),
         _whole(seen["token_losses"], config.data.length),
         config.model.experts,
-        _by_layer(config, seen["experts"]),
+        _by_layer(config, seen["chosen"]),
         corpus.tokenizer,
     )
 
@@ -67,11 +67,11 @@ def _whole(parts: np.ndarray, length: int) -> np.ndarray:
 
 
 def _by_layer(config: configs.Config, experts: np.ndarray | None) -> dict[int, np.ndarray]:
-    if experts is None:
+    if experts is None or ROUTERS[config.model.router.name].form is not TokenChoice:
         return {}
     model, length = config.model, config.data.length
     parts = experts.shape[0]
-    by_place = experts.reshape(parts, model.periods, -1, length, model.top_k).swapaxes(0, 1)
+    by_place = experts.reshape(parts, model.periods, -1, length, experts.shape[-1]).swapaxes(0, 1)
     layers = [layer for layer in range(model.layers) if model.is_expert_layer(layer)]
     return {layer: _whole(chosen, length) for layer, chosen in zip(layers, by_place)}
 

@@ -15,7 +15,9 @@ from sparse_lm import config as configs
 from sparse_lm import data
 from sparse_lm.errors import Stopped, UserError, nearest
 from sparse_lm.mesh import make_mesh, sharding
+from sparse_lm.routing import leak
 from sparse_lm.training.actions import Actions
+from sparse_lm.training.anticipation import step_batch
 from sparse_lm.training.build import Build, build
 from sparse_lm.training.checkpoints import Checkpoints
 from sparse_lm.training.clock import Clock
@@ -54,7 +56,7 @@ def train(config: configs.Config, workdir: str, init_from: str = "") -> dict[str
         info = {"fingerprint": corpus.fingerprint, "init_from": init_from, "devices": _devices()}
         primary = jax.process_index() == 0
         folder = enter(RunFolder(workdir, config, {"versions": _versions(), **info}, primary))
-        steps, batch = config.training.steps, config.training.batch
+        steps = config.training.steps
         if (summary := folder.summary()) and summary["steps"] >= steps:
             log.info("%s is finished: %d steps are done; a higher training.steps goes on", workdir, summary["steps"])
             return summary
@@ -85,7 +87,7 @@ def train(config: configs.Config, workdir: str, init_from: str = "") -> dict[str
             log.info("%s: %d steps, very roughly %s of training", config.name or workdir, steps - start, left)
         progress = enter(contextlib.closing(Progress(config.name or str(workdir), start, steps, shown)))
         place = sharding(program.mesh, "batch")
-        ahead = enter(data.Prefetch(lambda i: data.device_batch(batches, i, batch, place), start, steps))
+        ahead = enter(data.Prefetch(lambda i: step_batch(config, batches, i, place), start, steps))
         board = enter(contextlib.closing(TensorBoard(folder.path))) if config.logging.tensorboard and primary else None
         actions = Actions(
             program,
@@ -162,11 +164,13 @@ def load(workdir: str, step: int | None = None, capacity_factor: float | None = 
 
 
 def evaluate(workdir: str, step: int | None = None, capacity_factor: float | None = None) -> dict[str, Any]:
-    """The measures of a run's saved model on every held-out split of its data, by split, and its step; see `load`."""
+    """The measures of a run's saved model on every held-out split of its data, by split, its step, and how the
+    routing looks ahead (`routing.leak`); see `load`."""
     loaded = load(workdir, step, capacity_factor)
     splits = [split for split in loaded.corpus.split_names if split != "train"]
     measured = measure(loaded.program, loaded.corpus, loaded.parameters, loaded.router, splits)
-    return {"step": loaded.step, "evaluation": measured}
+    model = loaded.config.model
+    return {"step": loaded.step, "evaluation": measured, "leak": leak(model, model.eval_capacity_factor)}
 
 
 def use_compilation_cache(config: configs.Config) -> None:

@@ -20,14 +20,14 @@ MESHES = {
     "data 2, fsdp 2, expert 2": {"data": 2, "fsdp": 2, "expert": 2},
     "fsdp 2, expert 2, tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
 }
-ONE_HOT_MESHES = ("expert 8", "data 2, fsdp 2, expert 2", "fsdp 2, expert 2, tensor 2")
+SOME_MESHES = ("expert 8", "data 2, fsdp 2, expert 2", "fsdp 2, expert 2, tensor 2")
 STEPS = 20
 PADDING = (0, 3, 7, 1, 2, 0, 5, 12)
 
 
 def main() -> None:
     found, start = {}, None
-    for executor, names in {"gather": MESHES, "einsum": ONE_HOT_MESHES}.items():
+    for executor, names in {"gather": MESHES, "einsum": SOME_MESHES, "grouped": SOME_MESHES}.items():
         config = tiny.config(
             model__experts=8,
             model__kv_heads=4,

@@ -18,6 +18,8 @@ CHIPS = {
     "switch_xxl": 256,
     "switch_c": 512,
     "mixtral_8x7b": 64,
+    "olmoe_1b_7b": 64,
+    "deepseek_moe_16b": 64,
 }
 
 
@@ -42,13 +44,16 @@ def test_every_config_resolves():
 @pytest.mark.parametrize(
     ("name", "total"),
     # Fedus et al. 2021, table 9 (switch_large as its shape computes, 27.1 B, not the 26 B printed; switch_xxl with the
-    # released 128 experts), and Jiang et al. 2024. A decoder alone lacks the cross-attention of half the layers.
+    # released 128 experts), Jiang et al. 2024, Muennighoff et al. 2024, Dai et al. 2024. A decoder alone lacks the
+    # cross-attention of half the layers.
     [
         ("switch_base", 7e9),
         ("switch_large", 27.1e9),
         ("switch_xxl", 394.5e9),
         ("switch_c", 1571e9),
         ("mixtral_8x7b", 46.7e9),
+        ("olmoe_1b_7b", 6.92e9),
+        ("deepseek_moe_16b", 16.4e9),
     ],
 )
 def test_totals_are_the_published_ones(name, total):
@@ -65,8 +70,11 @@ def test_what_is_missing_is_the_cross_attention(name, published):
     assert cost.parameters(model).total + cross_attention == pytest.approx(published, rel=0.003)
 
 
-def test_mixtral_uses_12_9_billion_for_a_token():
-    assert cost.parameters(load("mixtral_8x7b").model).active == pytest.approx(12.9e9, rel=0.003)
+@pytest.mark.parametrize(
+    "name, active", [("mixtral_8x7b", 12.9e9), ("olmoe_1b_7b", 1.28e9), ("deepseek_moe_16b", 2.83e9)]
+)
+def test_what_a_token_uses_is_the_published_number(name, active):
+    assert cost.parameters(load(name).model).active == pytest.approx(active, rel=0.004)
 
 
 def test_the_printed_64_experts_of_switch_xxl_are_201_billion():

@@ -15,22 +15,36 @@ from jax.sharding import PartitionSpec
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import check, constrain, make_mesh, spec
+from sparse_lm.routing import ROUTERS
 from tests import tiny
-from tests.eight_devices import MESHES, ONE_HOT_MESHES
+from tests.eight_devices import MESHES, SOME_MESHES
 
-RUNS = [f"gather, {name}" for name in MESHES] + [f"einsum, {name}" for name in ONE_HOT_MESHES]
+RUNS = [f"gather, {name}" for name in MESHES]
+RUNS += [f"{executor}, {name}" for executor in ("einsum", "grouped") for name in SOME_MESHES]
 E, C, D, F, GROUPS = 8, 3, 16, 32, 8  # of the model in eight_devices.py
+
+
+def on_eight_devices(module, timeout):
+    """What a module prints, and its stderr."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    root = os.path.dirname(os.path.dirname(__file__))
+    command = [sys.executable, "-W", "error", "-m", module]
+    done = subprocess.run(command, cwd=root, env=os.environ | flags, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """What `eight_devices.py` prints, and its stderr."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    root = os.path.dirname(os.path.dirname(__file__))
-    command = [sys.executable, "-W", "error", "-m", "tests.eight_devices"]
-    done = subprocess.run(command, cwd=root, env=os.environ | flags, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
+    return on_eight_devices("tests.eight_devices", 900)
+
+
+@pytest.mark.slow
+def test_every_router_and_executor_agrees_with_one_device():
+    found, stderr = on_eight_devices("tests.routers_on_meshes", 3600)
+    assert "nvoluntary full rematerialization" not in stderr, stderr
+    assert {name.split(",")[0] for name in found} == set(ROUTERS)
+    assert {name: difference for name, difference in found.items() if difference > 1e-5} == {}
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -59,7 +73,9 @@ def test_experts_and_their_moments_are_divided(trained, run):
     assert trained[0][run]["shards"] == {"weights": part, "mu": part, "nu": part}
 
 
-@pytest.mark.parametrize("run", [run for run in RUNS if "expert 8" in run or "data 2, fsdp 2, expert 2" in run])
+@pytest.mark.parametrize(
+    "run", [run for run in RUNS if "grouped" not in run and ("expert 8" in run or "data 2" in run and "expert" in run)]
+)
 def test_tokens_travel_to_the_devices_of_their_experts(trained, run):
     """In the compiled program: all-to-alls among the devices of the expert axis of rows for E / expert experts of each
     device's groups, and products of E / expert experts with the groups of all those devices."""

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparse_lm.config import Mesh, Model
+from sparse_lm.cost.routers import router_arrays, skips_layers
+from sparse_lm.layouts import layout
 
 # The axes of the mesh that divide an axis of a parameter array, as in `sparse_lm.mesh.RULES`.
 DIVIDED_OVER: dict[str, tuple[str, ...]] = {
@@ -16,6 +18,10 @@ DIVIDED_OVER: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "head_width": (),
     "router_experts": (),
+    "slots": (),
+    "blocks": (),
+    "block_in": (),
+    "block_out": (),
     "experts": ("expert",),
     "hidden": ("tensor",),
 }
@@ -26,7 +32,7 @@ class Array:
     """One parameter array of one layer (None: outside the layers)."""
 
     layer: int | None
-    part: str  # embedding, attention, feed_forward, experts, router, norms, output
+    part: str  # embedding, attention, feed_forward, experts, shared_experts, router, norms, output
     name: str
     axes: tuple[str, ...]
     shape: tuple[int, ...]
@@ -37,10 +43,16 @@ class Array:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Inputs and outputs of the matrix, of one expert's where there are experts; heads and their width are one."""
-        shape = self.shape[1:] if self.axes[0] == "experts" else self.shape
+        """Inputs and outputs of the matrix, of one expert or block where there are several; heads and their width are
+        one."""
+        shape = self.shape[1:] if self.axes[0] in ("experts", "blocks") else self.shape
         inputs = 1 if self.axes[0] != "heads" else 2
         return math.prod(shape[:inputs]), math.prod(shape[inputs:])
+
+    @property
+    def orthogonalised(self) -> bool:
+        """Whether it is what Muon is for: whole matrices of attention, feed-forward layers and experts."""
+        return self.part in ("attention", "feed_forward", "experts", "shared_experts") and self.axes[0] != "blocks"
 
     def on_device(self, mesh: Mesh) -> "Array":
         """What one device of a mesh, whose sizes are all given, holds of it; a ragged division is rounded up."""
@@ -69,11 +81,37 @@ def arrays(model: Model) -> Iterator[Array]:
 
 
 def _feed_forward(model: Model, layer: int) -> Iterator[Array]:
-    D, F, E = model.width, model.layer_width(layer), model.experts
+    F, E = model.layer_width(layer), model.experts
     part, axes, shape = "feed_forward", (), ()
     if E and model.is_expert_layer(layer):
-        yield Array(layer, "router", "kernel", ("width", "router_experts"), (D, E))
-        part, axes, shape = "experts", ("experts",), (E,)
+        for name, of_router in router_arrays(model).items():
+            axes = ("width", "router_experts", "slots")[: len(of_router)] if len(of_router) > 1 else ("norm",)
+            yield Array(layer, "router", name, axes, of_router)
+        axes = ()
+        if model.shared_experts:
+            yield from _dense(model, layer, "shared_experts", (), (), model.shared_experts * F)
+        if not skips_layers(model):
+            part, axes, shape = "experts", ("experts",), (E,)
+    yield from _dense(model, layer, part, axes, shape, F)
+
+
+def _dense(model: Model, layer: int, part: str, axes: tuple, shape: tuple, hidden: int) -> Iterator[Array]:
+    blocks = of_blocks(model, layer)
     for name in ("in", "gate") if model.gated else ("in",):
-        yield Array(layer, part, name, axes + ("width", "hidden"), shape + (D, F))
-    yield Array(layer, part, "out", axes + ("hidden", "width"), shape + (F, D))
+        if blocks:
+            yield Array(layer, part, name, ("blocks", "block_in", "block_out"), blocks[0])
+        else:
+            yield Array(layer, part, name, axes + ("width", "hidden"), shape + (model.width, hidden))
+    if blocks:
+        yield Array(layer, part, "out", ("blocks", "block_in", "block_out"), blocks[1])
+    else:
+        yield Array(layer, part, "out", axes + ("hidden", "width"), shape + (hidden, model.width))
+
+
+def of_blocks(model: Model, layer: int) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
+    """The shapes of a layer's feed-forward matrices, into the hidden units and out, where they are made of blocks."""
+    if model.layout.name == "dense" or not model.is_expert_layer(layer):
+        return None
+    widths = (model.width, model.layer_width(layer))
+    up, down = (layout(model.layout, *pair, "model.layout") for pair in (widths, widths[::-1]))
+    return (up.count, up.block, up.block), (down.count, down.block, down.block)

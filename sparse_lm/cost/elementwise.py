@@ -6,8 +6,9 @@ with the compiler's can't leave out. The coefficients are FLOPs per element as X
 fuses it may compute twice; exponentials are not FLOPs to it), measured by changing one size at a time, and rounded.
 """
 
-from sparse_lm.config import Config, Model, capacity
+from sparse_lm.config import Config, Model
 from sparse_lm.cost.arrays import arrays
+from sparse_lm.cost.routers import rows, skips_layers
 from sparse_lm.registry import lookup
 
 # (forward, backward) per element
@@ -28,11 +29,10 @@ NEWTON_SCHULZ_STEPS = 5
 
 def layer_elements(model: Model, layer: int, length: int) -> tuple[float, float]:
     """(forward, backward) FLOPs per token of the work per element in one layer."""
-    expert_layer = model.is_expert_layer(layer) and model.experts > 0
+    expert_layer = model.is_expert_layer(layer) and model.experts > 0 and not skips_layers(model)
     hidden = model.layer_width(layer)
     if expert_layer:
-        hidden *= model.experts * capacity(model.group_size, model.experts, model.top_k, model.capacity_factor)
-        hidden /= model.group_size
+        hidden *= rows(model) / model.group_size + model.shared_experts
     counted = [
         (model.width, WIDTH),
         (hidden, HIDDEN[model.activation]),
@@ -57,7 +57,7 @@ def optimizer_flops(config: Config) -> float:
     total = 0.0
     for array in arrays(config.model):
         total += per_parameter * array.size
-        if algorithm == "muon" and array.part in ("attention", "feed_forward", "experts"):
+        if algorithm == "muon" and array.orthogonalised:
             rows, columns = sorted(array.matrix)
             matrices = array.size // (rows * columns)
             # X Xᵀ, its square, and their sum times X

@@ -8,11 +8,14 @@ expert whether a token holds it or not, the one-hot masks of the einsum executor
 and the work per element (`sparse_lm.cost.elementwise`).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sparse_lm.config import Config, Model, capacity
+from sparse_lm.config import Config, Model
+from sparse_lm.cost.arrays import of_blocks
 from sparse_lm.cost.elementwise import layer_elements, optimizer_flops, outer_elements
+from sparse_lm.cost.routers import executor, experts_per_token, router_arrays, rows, skips_layers
 from sparse_lm.registry import lookup
 
 
@@ -82,10 +85,12 @@ def _parts(model: Model, length: int) -> Iterator[Part]:
     D, H, Hkv, h = model.width, model.heads, model.kv_heads, model.head_width
     full, dots = model.remat == "full", model.remat in ("full", "dots")  # what is computed again
     for layer in range(model.layers):
-        yield _product(layer, "attention projections", 2 * (2 * D * H * h + 2 * D * Hkv * h), again=full)
-        yield _product(layer, "attention scores", 2 * H * h * length, executed=2, again=dots)
+        # Of the tokens, and of the keys that each sees.
+        share = experts_per_token(model) if skips_layers(model) and model.is_expert_layer(layer) else 1
+        yield _product(layer, "attention projections", share * 2 * (2 * D * H * h + 2 * D * Hkv * h), again=full)
+        yield _product(layer, "attention scores", share**2 * 2 * H * h * length, executed=2, again=dots)
         yield from _feed_forward(model, layer)
-        forward, backward = layer_elements(model, layer, length)
+        forward, backward = (share * elements for elements in layer_elements(model, layer, length))
         yield Part(layer, "elementwise", 0.0, forward, backward, forward * dots)
     yield _product(None, "output", 2 * D * model.vocabulary)
     yield Part(None, "elementwise", 0.0, *outer_elements(model))
@@ -93,18 +98,27 @@ def _parts(model: Model, length: int) -> Iterator[Part]:
 
 def _feed_forward(model: Model, layer: int) -> Iterator[Part]:
     full, dots = model.remat == "full", model.remat in ("full", "dots")
-    matrices = 3 if model.gated else 2
-    dense = 2 * matrices * model.width * model.layer_width(layer)
+    products = 3 if model.gated else 2
+    dense = 2 * products * model.width * model.layer_width(layer)
+    if blocks := of_blocks(model, layer):
+        up, down = map(math.prod, blocks)
+        dense = 2 * ((products - 1) * up + down)
     if not (model.experts and model.is_expert_layer(layer)):
         # A rematerialised period of layers, or dense first layer, does not need its last product again.
         last = layer < model.dense_first or model.is_expert_layer(layer)
-        yield _product(layer, "feed-forward", dense, again=full * ((matrices - last) / matrices))
+        yield _product(layer, "feed-forward", dense, again=full * ((products - last) / products))
         return
-    E, K, S = model.experts, model.top_k, model.group_size
-    places = E * capacity(S, E, K, model.capacity_factor)  # E C
-    yield _product(layer, "router", 2 * model.width * E, again=full)
-    yield _product(layer, "experts", K * dense, executed=places / (K * S), again=dots)
-    yield lookup("model.executor", MOVING, model.executor)(model, layer, places)
+    passed, places = experts_per_token(model), rows(model)
+    yield _product(layer, "router", _router(model), again=full)
+    yield _product(layer, "experts", passed * dense, executed=places / (passed * model.group_size), again=dots)
+    if model.shared_experts:
+        yield _product(layer, "shared experts", model.shared_experts * dense, again=full)
+    if not skips_layers(model):
+        yield from lookup("model.executor", MOVING, executor(model))(model, layer, places)
+
+
+def _router(model: Model) -> float:
+    return sum(2 * math.prod(shape) for shape in router_arrays(model).values() if len(shape) > 1)
 
 
 def _product(layer: int | None, name: str, needed: float, executed: float = 1.0, again: float = 0.0) -> Part:
@@ -113,17 +127,18 @@ def _product(layer: int | None, name: str, needed: float, executed: float = 1.0,
     return Part(layer, name, needed, run, 2 * run, again * run)
 
 
-def _einsum(model: Model, layer: int, places: int) -> Part:
+def _einsum(model: Model, layer: int, places: int) -> Iterator[Part]:
     """Dispatch has one gradient, the 0s and 1s of its mask having none; combine has two."""
     contract, masks = 2 * places * model.width, 2 * model.top_k * places
-    again = contract + 2 * masks if model.remat != "none" else 0  # dispatch; combine is the last product of a period
-    return Part(layer, "dispatch and combine", 0.0, 2 * (contract + masks), 3 * contract + masks, again)
+    again = model.remat != "none"  # combine is the last product of a period
+    yield Part(layer, "dispatch", 0.0, contract + masks, contract, again * (contract + 2 * masks))
+    yield Part(layer, "combine", 0.0, contract + masks, 2 * contract + masks)
 
 
-def _gather(model: Model, layer: int, places: int) -> Part:
+def _moved(model: Model, layer: int, places: int) -> Iterator[Part]:
     """Rows are moved at no FLOPs; the K outputs of a token are weighted and added."""
     weighted = 2 * model.top_k * model.width
-    return Part(layer, "dispatch and combine", 0.0, weighted, 2 * weighted)
+    yield Part(layer, "combine", 0.0, weighted, 2 * weighted)
 
 
-MOVING = {"einsum": _einsum, "gather": _gather}
+MOVING = {"einsum": _einsum, "gather": _moved, "grouped": _moved}

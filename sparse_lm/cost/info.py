@@ -6,6 +6,7 @@ from sparse_lm.config import Config, Mesh, Model
 from sparse_lm.cost.flops import Flops, flops
 from sparse_lm.cost.memory import memory
 from sparse_lm.cost.parameters import Parameters, parameters
+from sparse_lm.cost.routers import executor
 
 
 def human(value: float, unit: str = "") -> str:
@@ -53,8 +54,10 @@ def _flops(cost: Flops, model: Model, length: int) -> str:
         rows.insert(2, ("  of it the routers", human(cost.router / 3, "FLOP"), human(cost.router, "FLOP")))
     what = ["work per element", f"all {length} keys for each query"]
     if model.experts:
-        what += [f"places at a capacity factor of {model.capacity_factor:g} in groups of {model.group_size} tokens"]
-        what += ["dispatch and combine masks"] * (model.executor == "einsum")
+        if executor(model) != "grouped":
+            factor, size = model.capacity_factor, model.group_size
+            what += [f"places at a capacity factor of {factor:g} in groups of {size} tokens"]
+        what += ["dispatch and combine masks"] * (executor(model) == "einsum")
     what += ["layers computed again in the backward pass"] * (model.remat == "full")
     return f"{table(rows)}\nexecuted, without the optimizer: {', '.join(what)}"
 

@@ -47,12 +47,12 @@ def _adam(array: Array, local: Array) -> int:
 
 
 def _muon(array: Array, local: Array) -> int:
-    return local.size if array.part in ("attention", "feed_forward", "experts") else _adam(array, local)
+    return local.size if array.orthogonalised else _adam(array, local)
 
 
 def _adafactor(array: Array, local: Array) -> int:
     """In the second moment's place its means over each of the two largest dimensions, where both are large enough."""
-    lead = array.axes[0] == "experts"
+    lead = array.axes[0] in ("experts", "blocks")
     dimensions = sorted(range(lead, len(array.shape)), key=lambda i: array.shape[i])[-2:]
     if len(dimensions) == 2 and array.shape[dimensions[0]] >= FACTORED_FROM:
         return sum(local.size // local.shape[i] for i in dimensions)

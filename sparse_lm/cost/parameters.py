@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from sparse_lm.config import Model
 from sparse_lm.cost.arrays import arrays
+from sparse_lm.cost.routers import experts_per_token
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Parameters:
     attention: int = 0
     feed_forward: int = 0  # of dense layers
     experts: int = 0
+    shared_experts: int = 0
     router: int = 0
     norms: int = 0
     output: int = 0  # 0 where it is the transposed embedding
@@ -36,5 +38,5 @@ def parameters(model: Model, layer: int | None = None) -> Parameters:
         if layer is None or array.layer == layer:
             counts[array.part] = counts.get(array.part, 0) + array.size
     if "experts" in counts:
-        counts["active_experts"] = counts["experts"] // model.experts * model.top_k
+        counts["active_experts"] = round(counts["experts"] / model.experts * experts_per_token(model))
     return Parameters(**counts)

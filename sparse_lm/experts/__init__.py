@@ -1,10 +1,10 @@
 """What is computed: each executor turns a choice and experts into outputs."""
 
-from collections.abc import Callable
-
+from sparse_lm.experts.auto import auto
 from sparse_lm.experts.einsum import einsum
+from sparse_lm.experts.executor import Executor as Executor
+from sparse_lm.experts.executor import Experts as Experts
 from sparse_lm.experts.gather import gather
+from sparse_lm.experts.grouped import grouped
 
-# executor(x [G, S, D], choice, compute, experts, capacity) -> (y [G, S, D], choices that got no place [])
-# where compute maps [E, G, C, D] to [E, G, C, D].
-EXECUTORS: dict[str, Callable] = {"einsum": einsum, "gather": gather}
+EXECUTORS: dict[str, Executor] = {"auto": auto, "einsum": einsum, "gather": gather, "grouped": grouped}

@@ -1,57 +1,51 @@
 """The same placement as `einsum`, as indices: rows are gathered to their places and back, at no FLOPs."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from sparse_lm.experts.exchange import to_experts, to_groups
-from sparse_lm.routing import TokenChoice, place
-
-
-@jax.custom_vjp
-def take_rows(
-    x: Float[Array, "G N D"], index: Int[Array, "G M"], inverse: Int[Array, "G N R"]
-) -> Float[Array, "G M D"]:
-    """x[g, index[g, m]], and 0 where the index is N or above.
-
-    inverse[g, n] lists the m that took row n, padded with M, so that the gradient is a gather too; the scatter that it
-    would otherwise be is many times slower on every platform.
-    """
-    return jnp.take_along_axis(x, index[..., None], axis=1, mode="fill", fill_value=0)
+from sparse_lm.experts.executor import Executor, Experts, by_place, lost
+from sparse_lm.experts.rows import inverse, take_rows
+from sparse_lm.routing import ExpertChoice, TokenChoice, place
 
 
-def _forward(x, index, inverse):
-    return take_rows(x, index, inverse), inverse
-
-
-def _backward(inverse, gradient):
-    groups, rows, repeats = inverse.shape
-    taken = jnp.take_along_axis(
-        gradient, inverse.reshape(groups, rows * repeats)[..., None], axis=1, mode="fill", fill_value=0
-    )
-    return taken.reshape(groups, rows, repeats, -1).sum(axis=2), None, None
-
-
-take_rows.defvjp(_forward, _backward)
-
-
-def gather(
-    x: Float[Array, "G S D"], choice: TokenChoice, compute: Callable, experts: int, capacity: int
+def run(
+    x: Float[Array, "G S D"], choice: TokenChoice | ExpertChoice, experts: Experts, capacity: int
 ) -> tuple[Float[Array, "G S D"], Float[Array, ""]]:
     """Applies experts under a capacity; a token that got no place has an output of 0."""
-    groups, size, k = choice.expert.shape
-    places = experts * capacity
-    position, kept = place(choice, experts, capacity)
-    to_place = jnp.where(kept, choice.expert * capacity + position, places)  # [G, S, K], `places` for nowhere
-    # The inverse: for each place the choice (token · K + rank) that holds it, S · K for an empty place.
-    flat = to_place.reshape(groups, size * k)
-    holder = jnp.full((groups, places), size * k, flat.dtype)
-    holder = jax.vmap(lambda h, p: h.at[p].set(jnp.arange(size * k, dtype=h.dtype), mode="drop"))(holder, flat)
+    return (_tokens if isinstance(choice, TokenChoice) else _experts)(x, choice, experts, capacity)
 
-    sent = take_rows(x, holder // k, to_place).reshape(groups, experts, capacity, -1).swapaxes(0, 1)
-    returned = to_groups(compute(to_experts(sent))).swapaxes(0, 1).reshape(groups, places, -1)
-    back = take_rows(returned, flat, holder[..., None]).reshape(groups, size, k, -1)
-    y = jnp.einsum("gskd,gsk->gsd", back, choice.weight.astype(x.dtype))
-    return y, ((choice.expert >= 0) & ~kept).sum().astype(jnp.float32)
+
+def _tokens(x, choice, experts, capacity):
+    groups, size, k = choice.expert.shape
+    count = len(experts.weights["into"])
+    places = count * capacity
+    with jax.named_scope("dispatch"):
+        placement = place(choice, count, capacity)
+        to_place = jnp.where(placement.kept, choice.expert * capacity + placement.position, places)  # places: nowhere
+        flat = to_place.reshape(groups, size * k)
+        holder = inverse(flat, places)  # the choice (token · K + rank) that holds each place
+        sent = take_rows(x, holder // k, to_place).reshape(groups, count, capacity, -1).swapaxes(0, 1)
+    returned = by_place(experts, sent)
+    with jax.named_scope("combine"):
+        rows = returned.swapaxes(0, 1).reshape(groups, places, -1)
+        back = take_rows(rows, flat, holder[..., None]).reshape(groups, size, k, -1)
+        y = jnp.einsum("gskd,gsk->gsd", back, choice.weight.astype(x.dtype))
+    return y, lost(choice, placement)
+
+
+def _experts(x, choice, experts, capacity):
+    groups, size, width = x.shape
+    with jax.named_scope("dispatch"):
+        token = jnp.where(choice.token < 0, size, choice.token).reshape(groups, -1)
+        sent = jnp.take_along_axis(x, token[..., None], axis=1, mode="fill", fill_value=0)
+        sent = sent.reshape(*choice.token.shape, width).swapaxes(0, 1)
+    returned = by_place(experts, sent)
+    with jax.named_scope("combine"):
+        rows = (returned * choice.weight.swapaxes(0, 1)[..., None].astype(x.dtype)).swapaxes(0, 1)
+        add = lambda rows, token: jnp.zeros((size, width), x.dtype).at[token].add(rows, mode="drop")
+        y = jax.vmap(add)(rows.reshape(groups, -1, width), token)
+    return y, jnp.zeros(())
+
+
+gather = Executor(run, (TokenChoice, ExpertChoice))

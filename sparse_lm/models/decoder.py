@@ -15,10 +15,12 @@ from jaxtyping import Array, Float, Int
 
 from sparse_lm import config as configs
 from sparse_lm.mesh import constrain
-from sparse_lm.models.attention import Cache
+from sparse_lm.models.depth import SkippedLayer
 from sparse_lm.models.feed_forward import dropout
 from sparse_lm.models.layer import Aux, Context, Layer, RMSNorm
 from sparse_lm.parameter import matrix, weight
+from sparse_lm.registry import lookup
+from sparse_lm.routing import ROUTERS
 
 
 class Output(NamedTuple):
@@ -45,8 +47,10 @@ class Decoder(nnx.Module):
         self.output = None if model.tied_embeddings else output()
 
     @staticmethod
-    def _stack(model: configs.Model, expert: bool, rngs: nnx.Rngs) -> Layer:
-        stacked = nnx.vmap(lambda rngs: Layer(model, expert, rngs))(rngs.split(model.periods))
+    def _stack(model: configs.Model, expert: bool, rngs: nnx.Rngs) -> Layer | SkippedLayer:
+        skipped = expert and model.experts > 0 and lookup("model.router.name", ROUTERS, model.router.name).skips_layers
+        make = (lambda rngs: SkippedLayer(model, rngs)) if skipped else (lambda rngs: Layer(model, expert, rngs))
+        stacked = nnx.vmap(make)(rngs.split(model.periods))
         for _, parameter in nnx.iter_graph(stacked):
             if isinstance(parameter, nnx.Param):
                 parameter.set_metadata(axes=("layers", *parameter.get_metadata("axes")))
@@ -58,21 +62,23 @@ class Decoder(nnx.Module):
         context: Context,
         router_state: Any,
         key: jax.Array | None = None,
-        given: Int[Array, "n G S K"] | None = None,
+        given: Any = None,
         caches: Any = None,
     ) -> Output:
         """Logits of the next token at every position.
 
         router_state: what `Functional.init_router_state` gave, or a later one. key: turns on what training does at
-        random (jitter, dropout). given: experts of each expert layer instead of the router's own. caches: keys and
-        values of the layers, as `Functional.init_caches` makes them.
+        random (jitter, dropout). given: `Aux.chosen` of an earlier pass, to take instead of the routers' own choice; or
+        a `routing.Given` of it, with `on` [n], to be known only when it runs.
+        caches: keys and values of the layers, as `Functional.init_caches` makes them.
         """
         model = self.model
         router_state = router_state.get("period", {}).get(model.expert_every - 1, {})
         prefix_caches, period_caches = ([None] * model.dense_first, None) if caches is None else caches
         # Looked up in float32: the gradient adds up a row for each occurrence of a token, too many for bfloat16.
-        rows = jnp.take(weight(self.embedding, "float32"), ids, axis=0) * model.width**0.5
-        x = constrain(rows.astype(model.dtype), "batch", None, None)
+        with jax.named_scope("embedding"):
+            rows = jnp.take(weight(self.embedding, "float32"), ids, axis=0) * model.width**0.5
+            x = constrain(rows.astype(model.dtype), "batch", None, None)
         keys = [None] * (model.dense_first + 2) if key is None else jax.random.split(key, model.dense_first + 2)
         x = dropout(x, model.dropout, keys[0])
 
@@ -103,8 +109,9 @@ class Decoder(nnx.Module):
             unroll=1 if model.scan else model.periods,
         )
         table = self.embedding if self.output is None else self.output
-        x, table = self.norm(x), weight(table, x.dtype)
-        logits = jnp.einsum("bld,vd->blv", x, table, preferred_element_type=jnp.float32)
+        with jax.named_scope("output"):
+            x, table = self.norm(x), weight(table, x.dtype)
+            logits = jnp.einsum("bld,vd->blv", x, table, preferred_element_type=jnp.float32)
         return Output(constrain(logits, "batch", None, "logits"), aux, (new_prefix, new_period))
 
 
@@ -144,8 +151,8 @@ def functional(model: configs.Model) -> Functional:
     axes = nnx.to_pure_dict(
         jax.tree.map(lambda p: p.replace(p.get_metadata("axes")), state, is_leaf=lambda p: isinstance(p, nnx.Variable))
     )
-    expert_layer = nnx.merge(graph, state).period[-1]
-    router = expert_layer.feed_forward.router if expert_layer.sparse else None
+    abstract = nnx.merge(graph, state)
+    router = abstract.period[-1].router
 
     def init_router_state():
         state = router.init_state() if router else {}
@@ -159,9 +166,9 @@ def functional(model: configs.Model) -> Functional:
         return {"period": {place: jax.vmap(router.update)(state["period"][place], statistics)}}
 
     def init_caches(rows: int, positions: int):
-        shape = (rows, positions, model.kv_heads, model.head_width)
-        zeros = lambda *lead: Cache(*(jnp.zeros(lead + shape, model.dtype) for _ in range(2)))
-        return [zeros() for _ in range(model.dense_first)], [zeros(model.periods) for _ in range(model.expert_every)]
+        repeated = lambda leaf: jnp.broadcast_to(leaf, (model.periods, *leaf.shape))
+        period = [jax.tree.map(repeated, layer.init_cache(rows, positions)) for layer in abstract.period]
+        return [layer.init_cache(rows, positions) for layer in abstract.prefix], period
 
     return Functional(
         init=lambda key: nnx.to_pure_dict(nnx.state(build(key))),

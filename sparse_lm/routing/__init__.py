@@ -1,10 +1,16 @@
 """Who goes where: routers choose, placement enforces capacity, health measures."""
 
+from sparse_lm.routing.choice import Choice as Choice
+from sparse_lm.routing.choice import ExpertChoice as ExpertChoice
+from sparse_lm.routing.choice import Given as Given
 from sparse_lm.routing.choice import Routing as Routing
+from sparse_lm.routing.choice import SoftSlots as SoftSlots
 from sparse_lm.routing.choice import TokenChoice as TokenChoice
+from sparse_lm.routing.choice import chosen as chosen
+from sparse_lm.routing.choice import taken as taken
+from sparse_lm.routing.leak import leak as leak
 from sparse_lm.routing.placement import Placement as Placement
 from sparse_lm.routing.placement import place as place
+from sparse_lm.routing.placement import rank as rank
 from sparse_lm.routing.router import Router as Router
-from sparse_lm.routing.switch import Switch
-
-ROUTERS: dict[str, type[Router]] = {"switch": Switch}
+from sparse_lm.routing.table import ROUTERS as ROUTERS

@@ -1,16 +1,59 @@
-"""What a router says: which token goes to which expert, with which weight."""
+"""What a router says: who goes where, with which weight. It takes one of three forms."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 
 class TokenChoice(NamedTuple):
-    """Each token names K experts. An expert of -1 is nobody: padding, or a choice that the router leaves empty."""
+    """Each token names K experts. An expert of -1 is nobody: padding, or a choice that the router leaves empty.
+
+    priority: tokens of higher priority take their places first, None: earlier tokens do (Riquelme et al. 2021).
+    """
 
     expert: Int[Array, "G S K"]
     weight: Float[Array, "G S K"]
+    priority: Float[Array, "G S"] | None = None
+
+
+class ExpertChoice(NamedTuple):
+    """Each expert names C tokens of each group. A token of -1 is nobody: an empty place."""
+
+    token: Int[Array, "G E C"]
+    weight: Float[Array, "G E C"]
+
+
+class SoftSlots(NamedTuple):
+    """Each of an expert's C slots takes a mixture of a group's tokens, and each token a mixture of the slots' outputs.
+
+    dispatch: the share of each token in a slot. combine: the share of each slot in a token's output.
+    """
+
+    dispatch: Float[Array, "G S E C"]
+    combine: Float[Array, "G S E C"]
+
+
+Choice = TokenChoice | ExpertChoice | SoftSlots
+
+
+def chosen(choice: Choice) -> jax.Array | None:
+    """What of a choice is recorded and can be given to a router again: the indices; None where there are none."""
+    match choice:
+        case TokenChoice():
+            return choice.expert
+        case ExpertChoice():
+            return choice.token
+    return None
+
+
+class Given(NamedTuple):
+    """Choices, as `chosen` records them, that are taken only while `on`."""
+
+    chosen: Int[Array, "G X Y"]
+    on: Bool[Array, ""]
 
 
 class Routing(NamedTuple):
@@ -22,6 +65,13 @@ class Routing(NamedTuple):
     statistics: sums over the tokens routed, from which `health.health` and `Router.update` are computed.
     """
 
-    choice: TokenChoice
+    choice: Choice
     losses: dict[str, Float[Array, ""]]
     statistics: dict[str, jax.Array]
+
+
+def taken(given: jax.Array | Given | None, own: Callable[[], Routing]) -> jax.Array | None:
+    """The indices that a router is to take: those given, or those that its own routing chooses while they are off."""
+    if not isinstance(given, Given):
+        return given
+    return jnp.where(given.on, given.chosen, chosen(own().choice))

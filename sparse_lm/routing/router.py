@@ -1,4 +1,6 @@
-"""What every router does: the interface, and the scores that they share."""
+"""What every router does: the interface, and what learned routers share."""
+
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparse_lm import config as configs
 from sparse_lm.parameter import matrix
-from sparse_lm.routing.choice import Routing
+from sparse_lm.routing.choice import Choice, Routing, TokenChoice
 
 
 class Router(nnx.Module):
@@ -15,17 +17,27 @@ class Router(nnx.Module):
 
     A router may carry state that is not trained by gradient (expert biases, thresholds, tables). It is passed in, never
     kept in the module; `update` makes the next one once per optimizer step, from the statistics of the whole batch.
+
+    form: the form of its choices. k_experts: every token gets top_k experts. even: every expert gets the same number of
+    tokens in training. Both are of a group whose tokens are all valid and before capacity. skips_layers: tokens are
+    chosen for a whole layer, not for the experts in it. alone_in_evaluation: `route` leaks with a key only.
+    in_generation: what `route_alone` does where `route` leaks, in a few words.
     """
 
-    def __init__(self, model: configs.Model, rngs: nnx.Rngs):
-        self.kernel = matrix(
-            rngs, (model.width, model.experts), ("width", "router_experts"), fan_in=model.width, scale=model.init_scale
-        )
+    form: ClassVar[type[Choice]] = TokenChoice
+    k_experts: ClassVar[bool] = True
+    even: ClassVar[bool] = False
+    alone_in_evaluation: ClassVar[bool] = False
+    in_generation: ClassVar[str] = ""
+    skips_layers: ClassVar[bool] = False
 
-    def logits(self, x: Float[Array, "G S D"]) -> Float[Array, "G S E"]:
-        """Scores in float32 at the highest precision, whatever the rest computes in (selective precision, Fedus et al.
-        2021, section 2.4). The cast alone is not enough: a TPU multiplies float32 in bfloat16 passes by default."""
-        return jnp.einsum("gsd,de->gse", x.astype(jnp.float32), self.kernel[...], precision=jax.lax.Precision.HIGHEST)
+    def __init__(self, model: configs.Model, rngs: nnx.Rngs):
+        self.experts, self.top_k, self.over = model.experts, model.top_k, model.balance_over
+
+    @staticmethod
+    def leak(model: configs.Model) -> str:
+        """How a token's choice depends on later tokens of the text, in a few words; "" where it does not."""
+        return ""
 
     def init_state(self) -> dict[str, jax.Array]:
         return {}
@@ -40,12 +52,70 @@ class Router(nnx.Module):
         valid: Bool[Array, "G S"],
         state: dict[str, jax.Array],
         key: jax.Array | None = None,
-        given: Int[Array, "G S K"] | None = None,
+        given: jax.Array | None = None,
     ) -> Routing:
         """Routes G groups of S tokens.
 
         x: the tokens' features. ids: their token ids, for routers that look at the text. valid: False for padding,
         which gets no expert and enters no loss and no statistic. key: randomness while training, None in evaluation.
-        given: experts to take instead of the router's own, as recorded before; weights come from x all the same.
+        given: what `choice.chosen` recorded before, to take instead of the router's own; weights come from x all the
+        same.
         """
         raise NotImplementedError(type(self).__name__)
+
+    def route_alone(
+        self, x: Float[Array, "G S D"], ids: Int[Array, "G S"], valid: Bool[Array, "G S"], state: dict[str, jax.Array]
+    ) -> Routing:
+        """Routes each token by itself, as generation has to. A router that leaks says what it does instead."""
+        return self.route(x, ids, valid, state)
+
+
+class LearnedRouter(Router):
+    """A router whose scores are a product of the tokens' features with a matrix."""
+
+    def __init__(self, model: configs.Model, rngs: nnx.Rngs):
+        super().__init__(model, rngs)
+        self.kernel = kernel(model, rngs)
+
+    def logits(self, x: Float[Array, "G S D"]) -> Float[Array, "G S E"]:
+        return scores(x, self.kernel)
+
+
+def kernel(model: configs.Model, rngs: nnx.Rngs) -> nnx.Param:
+    """A matrix from the features to a score for each expert."""
+    axes = ("width", "router_experts")
+    return matrix(rngs, (model.width, model.experts), axes, fan_in=model.width, scale=model.init_scale)
+
+
+def scores(x: Float[Array, "G S D"], kernel: nnx.Param) -> Float[Array, "G S E"]:
+    """Scores in float32 at the highest precision, whatever the rest computes in (selective precision, Fedus et al.
+    2021, section 2.4). The cast alone is not enough: a TPU multiplies float32 in bfloat16 passes by default."""
+    return jnp.einsum("gsd,de->gse", x.astype(jnp.float32), kernel[...], precision=jax.lax.Precision.HIGHEST)
+
+
+def jittered(x: Float[Array, "G S D"], jitter: float, key: jax.Array | None) -> Float[Array, "G S D"]:
+    """x in float32 times noise uniform in [1 - jitter, 1 + jitter]; without a key or jitter, x itself."""
+    if key is None or not jitter:
+        return x
+    return x.astype(jnp.float32) * jax.random.uniform(key, x.shape, minval=1 - jitter, maxval=1 + jitter)
+
+
+def top(scores: Float[Array, "G S E"], k: int, given: Int[Array, "G S K"] | None) -> Int[Array, "G S K"]:
+    """The k experts of the largest scores, the largest first and of equal ones the first; or the experts given."""
+    return jax.lax.top_k(scores, k)[1] if given is None else given
+
+
+def at(values: Float[Array, "G S E"], expert: Int[Array, "G S K"]) -> Float[Array, "G S K"]:
+    """The values of the chosen experts."""
+    return jnp.take_along_axis(values, jnp.maximum(expert, 0), axis=-1)
+
+
+def token_choice(
+    expert: Int[Array, "G S K"],
+    weight: Float[Array, "G S K"],
+    valid: Bool[Array, "G S"],
+    priority: Float[Array, "G S"] | None = None,
+) -> TokenChoice:
+    """The choice with nobody chosen for padding, and no weight where nobody is chosen."""
+    expert = jnp.where(valid[..., None], expert, -1)
+    return TokenChoice(expert, jnp.where(expert >= 0, weight, 0), priority)

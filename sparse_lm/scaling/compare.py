@@ -66,7 +66,7 @@ def compare_runs(a: str, b: str, workdir: str = "", price_per_hour: float | None
     baseline. Raises `UserError` where a run is not finished, or they are not on the same text.
     """
     runs = [finished_run(a), finished_run(b)]
-    names = ["sparse" if run.config.model.experts else "dense" for run in runs]
+    names = ["sparse" if run.config.model.sparse else "dense" for run in runs]
     if names[0] == names[1]:
         names = ["a", "b"]
     sides = dict(sorted(zip(names, ([run] for run in runs), strict=True)))  # dense, the baseline, before sparse

@@ -10,8 +10,9 @@ from etils import epath
 from sparse_lm.config import Config, identity, to_dict
 from sparse_lm.cost.flops import flops, step_flops
 from sparse_lm.errors import UserError
+from sparse_lm.routing import leak
 from sparse_lm.scaling.curves import speedup
-from sparse_lm.scaling.statistics import interval, mean, verdict
+from sparse_lm.scaling.statistics import NOT_RANKED, interval, mean, verdict
 from sparse_lm.training.run_folder import read_config, read_rows, read_summary
 
 SPLIT = "validation"  # where speedups are read
@@ -45,13 +46,18 @@ def outcome(sides: dict[str, Sequence[Run]], price_per_hour: float | None = None
 
     price_per_hour: of all devices of a run together, in any currency; adds the `cost` of one run of each side.
 
+    Where the routing of one side looks ahead (`routing.leak`) and the other's does not, or in another way, their losses
+    are not of the same task: no verdict, no speedup.
+
     Raises `UserError` where the runs were not trained and evaluated on the same text.
     """
     (first, baseline), (second, runs) = sides.items()
     pairs = list(zip(baseline, runs, strict=True))
     fingerprint = _same_text([*baseline, *runs])
     splits = [split for split in baseline[0].summary["evaluation"] if split in runs[0].summary["evaluation"]]
+    same_task = _leak(baseline[0]) == _leak(runs[0])
     differences = {split: [run.loss(split) - base.loss(split) for base, run in pairs] for split in splits}
+    of_pairs = lambda measure: [measure(b, r) if same_task else None for b, r in pairs]
     return {
         "sides": [first, second],
         "seeds": len(pairs),
@@ -60,10 +66,10 @@ def outcome(sides: dict[str, Sequence[Run]], price_per_hour: float | None = None
         "devices": baseline[0].summary["devices"],
         first: _side(baseline, splits, price_per_hour),
         second: _side(runs, splits, price_per_hour),
-        **_spread("step_speedup", [speedup(b.curve, r.curve, SPLIT, "step") for b, r in pairs]),
-        **_spread("time_speedup", [speedup(b.curve, r.curve, SPLIT, "seconds") for b, r in pairs]),
-        **_spread("flops_speedup", [_flops_speedup(b, r) for b, r in pairs]),
-        "verdicts": {split: verdict(values) for split, values in differences.items()},
+        **_spread("step_speedup", of_pairs(lambda b, r: speedup(b.curve, r.curve, SPLIT, "step"))),
+        **_spread("time_speedup", of_pairs(lambda b, r: speedup(b.curve, r.curve, SPLIT, "seconds"))),
+        **_spread("flops_speedup", of_pairs(_flops_speedup)),
+        "verdicts": {split: verdict(values) if same_task else NOT_RANKED for split, values in differences.items()},
         "differences": {split: _summary(values) for split, values in differences.items()},
         "config_differences": config_differences(baseline[0].config, runs[0].config),
     }
@@ -105,6 +111,7 @@ def _side(runs: Sequence[Run], splits: Sequence[str], price_per_hour: float | No
         "router_flops_per_token": cost.router,
         "executed_flops_per_token": step_flops(config) / (config.training.batch * config.data.length),
         "learning_rate": config.optimizer.learning_rate,
+        "leak": _leak(runs[0]),
         "skipped_steps": sum(summary.get("skipped_steps", 0) for summary in summaries),
     }
     for split in dict.fromkeys((SPLIT, "heldout_domain", *splits)):
@@ -117,6 +124,10 @@ def _side(runs: Sequence[Run], splits: Sequence[str], price_per_hour: float | No
     if price_per_hour is not None:
         side |= _spread("cost", [summary["seconds"] / 3600 * price_per_hour for summary in summaries])
     return side
+
+
+def _leak(run: Run) -> str:
+    return leak(run.config.model, run.config.model.eval_capacity_factor)
 
 
 def _flops_speedup(base: Run, run: Run) -> float | None:

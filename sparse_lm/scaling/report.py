@@ -9,7 +9,7 @@ from etils import epath
 from sparse_lm.cost.info import human, table
 from sparse_lm.scaling.outcome import Run
 from sparse_lm.scaling.picture import picture
-from sparse_lm.scaling.statistics import BETTER, DIVERGED, NOT_JUDGED, SAME, WORSE
+from sparse_lm.scaling.statistics import BETTER, DIVERGED, NOT_JUDGED, NOT_RANKED, SAME, WORSE
 from sparse_lm.training.run_folder import write_whole
 
 Comparison = dict[str, Any]
@@ -86,6 +86,9 @@ def _verdicts(result: Comparison, mark: str = "") -> list[str]:
     lines = []
     for split, word in result["verdicts"].items():
         change = result["differences"][split]
+        if word == NOT_RANKED:
+            lines += [f"{mark}{split}: {word}, {_not_ranked(result)}."]
+            continue
         if word == DIVERGED:
             lines.append(f"{mark}{split}: {word}.")
             continue
@@ -104,6 +107,8 @@ def _verdicts(result: Comparison, mark: str = "") -> list[str]:
 
 def _speedups(result: Comparison, mark: str = "") -> list[str]:
     first, second = result["sides"]
+    if NOT_RANKED in result["verdicts"].values():
+        return [f"{mark}How much sooner a loss is reached can't be said, {_not_ranked(result)}."]
     if result["step_speedup"] is None:
         reached = sum(value is not None for value in result["step_speedup_per_seed"])
         seeds = f"in {reached} of {result['seeds']} seeds" if reached else "in any seed" if result["seeds"] > 1 else ""
@@ -115,6 +120,11 @@ def _speedups(result: Comparison, mark: str = "") -> list[str]:
         if value is not None:
             lines.append(f"{'  ' if not mark else '  - '}{_times(value)} {what}" + _between(bounds))
     return lines
+
+
+def _not_ranked(result: Comparison) -> str:
+    looks = [f"in the {side} model {result[side]['leak']}" for side in result["sides"] if result[side]["leak"]]
+    return f"since losses that look ahead are too low: {', and '.join(looks)}"
 
 
 def _times(value: float) -> str:

@@ -7,6 +7,7 @@ from scipy import stats
 
 BETTER, WORSE, SAME = "better", "worse", "no difference seen"
 NOT_JUDGED = "one seed: not judged"
+NOT_RANKED = "not ranked"
 DIVERGED = "not judged: a loss is not finite"
 
 

@@ -130,7 +130,7 @@ def cached_logits(
     place = jnp.arange(jax.tree.leaves(caches)[0].shape[-3])
     mask = (place <= at[:, None]) & (place >= padding[:, None, None])
     positions = at - padding[:, None]
-    context = Context(ids, positions >= 0, jnp.maximum(positions, 0), mask, math.inf, start)
+    context = Context(ids, positions >= 0, jnp.maximum(positions, 0), mask, math.inf, start, alone=True)
     logits, _, caches = functional.apply(parameters, ids, context, router_state, caches=caches)
     lay_out = lambda cache: constrain(cache, *[None] * (cache.ndim - 4), "batch", None, "heads", None)
     return logits, jax.tree.map(lay_out, caches)

@@ -15,11 +15,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparse_lm import config as configs
-from sparse_lm.mesh import check, constrain, sharding
+from sparse_lm.mesh import check, sharding
 from sparse_lm.models import Functional, functional
 from sparse_lm.routing.health import health
+from sparse_lm.training import anticipation
 from sparse_lm.training.layout import names
-from sparse_lm.training.loss import Batch, loss
+from sparse_lm.training.loss import Batch, accumulate, choices, loss
 from sparse_lm.training.optimizer import make_optimizer
 from sparse_lm.training.schedules import schedule
 
@@ -35,6 +36,7 @@ class TrainState(NamedTuple):
     tokens: jax.Array  # trained on so far, in two int32: millions, and the rest
     skipped: jax.Array  # steps skipped for a non-finite gradient, int32
     skipped_in_a_row: jax.Array
+    anticipation: anticipation.Anticipation | None  # where choices of experts are made ahead
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +45,10 @@ class Build:
     mesh: Mesh
     functional: Functional
     abstract_state: TrainState  # of jax.ShapeDtypeStruct with shardings
-    abstract_batch: dict[str, jax.ShapeDtypeStruct]  # of a step; an evaluation's has the rows of one microbatch
+    abstract_batch: dict[str, Any]  # of a step (`anticipation.step_batch`); an evaluation's has a microbatch's rows
     init: Callable[[], TrainState]  # the state of step 0, created sharded
     step: Callable[..., tuple[TrainState, dict]]  # (state, batch) -> (state, metrics); the state given is donated
-    record: Callable[..., tuple[TrainState, dict, dict]]  # a step that also returns token losses and experts chosen
+    record: Callable[..., tuple[TrainState, dict, dict]]  # a step that also returns token losses and what routers chose
     evaluate: Callable[..., dict]  # (parameters, router state, batch) -> sums at both capacities
 
 
@@ -57,23 +59,33 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
     fns = functional(model)
     optimizer = make_optimizer(config, fns.axes)
     learning_rate = schedule(config)
+    ahead = anticipation.steps_ahead(config)
+    rows = (training.batch, config.data.length)
+    field = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding(mesh, "batch"))
+    abstract_batch = {name: field(rows) for name in ("inputs", "targets", "segments", "positions")}
+    abstract_batch["bytes"] = field(rows[:1])
+
+    def randomness(seed: jax.Array, step: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.split(jax.random.key(seed))[1], step)
+
+    def choose(parameters: dict, router: dict, batch: Batch, key: jax.Array) -> jax.Array:
+        return choices(parameters, fns, router, batch, model.capacity_factor, key, training.accumulation)
 
     def init(seed: jax.Array) -> TrainState:
         parameters = fns.init(jax.random.split(jax.random.key(seed))[0])
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(
-            seed,
-            zero,
-            parameters,
-            optimizer.init(parameters),
-            fns.init_router_state(),
-            jnp.zeros(2, jnp.int32),
-            zero,
-            zero,
-        )
+        router, zero = fns.init_router_state(), jnp.zeros((), jnp.int32)
+        anticipated = None
+        if ahead:
+            shape = jax.eval_shape(choose, parameters, router, abstract_batch, randomness(seed, zero))
+            anticipated = anticipation.start(ahead, shape)
+        counts = (jnp.zeros(2, jnp.int32), zero, zero)
+        return TrainState(seed, zero, parameters, optimizer.init(parameters), router, *counts, anticipated)
 
-    def record(state: TrainState, batch: Batch, given=None) -> tuple[TrainState, dict, dict]:
-        key = jax.random.fold_in(jax.random.split(jax.random.key(state.seed))[1], state.step)
+    def record(state: TrainState, batch: dict[str, Any], given=None) -> tuple[TrainState, dict, dict]:
+        key = randomness(state.seed, state.step)
+        if ahead:
+            coming, batch = batch[anticipation.AHEAD], {k: v for k, v in batch.items() if k != anticipation.AHEAD}
+            given = anticipation.given(state.anticipation, state.step) if given is None else given
 
         def part(batch, key, given):
             differentiate = jax.value_and_grad(loss, has_aux=True)
@@ -85,21 +97,28 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
         (gradient, sums), seen = accumulate(part, batch, key, given, training.accumulation)
         tokens = jnp.maximum(sums["tokens"], 1)
         gradient = jax.tree.map(lambda g: g / tokens, gradient)
-        norm = optax.tree.norm(gradient)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
         rate = learning_rate(state.step)
         statistics = sums.pop("statistics", {})
-        after = (
-            jax.tree.map(lambda p, u: p - rate * u, state.parameters, updates),
-            optimizer_state,
-            fns.update_router_state(state.router, statistics),
-        )
-        # A step with a non-finite gradient changes nothing but the counts.
-        finite = jnp.isfinite(norm)
-        keep = lambda new, old: jnp.where(finite, new, old)
-        parameters, optimizer_state, router = jax.tree.map(
-            keep, after, (state.parameters, state.optimizer, state.router)
-        )
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(gradient)
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
+            after = (
+                jax.tree.map(lambda p, u: p - rate * u, state.parameters, updates),
+                optimizer_state,
+                fns.update_router_state(state.router, statistics),
+            )
+            # A step with a non-finite gradient changes nothing but the counts.
+            finite = jnp.isfinite(norm)
+            keep = lambda new, old: jnp.where(finite, new, old)
+            parameters, optimizer_state, router = jax.tree.map(
+                keep, after, (state.parameters, state.optimizer, state.router)
+            )
+        if ahead:
+            later = lambda: choose(state.parameters, state.router, coming, randomness(state.seed, state.step + ahead))
+            with jax.named_scope("anticipation"):
+                anticipated = anticipation.after(
+                    state.anticipation, training.anticipation, state.step, sums["cross_entropy"] / tokens, later
+                )
         count = state.tokens + jnp.array([0, 1]) * sums["tokens"].astype(jnp.int32)
         new = TrainState(
             seed=state.seed,
@@ -110,6 +129,7 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
             tokens=jnp.stack([count[0] + count[1] // 10**6, count[1] % 10**6]),
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+            anticipation=anticipated if ahead else None,
         )
         per_token = {name: value / tokens for name, value in sums.items() if name not in ("tokens", "bytes")}
         metrics = {
@@ -122,6 +142,8 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
             "skipped_in_a_row": new.skipped_in_a_row,
             "routing": health(statistics) if statistics else {},
         }
+        if ahead:
+            metrics["anticipating"] = state.anticipation.left > 0
         return new, metrics, seen
 
     def evaluate(parameters: dict, router: dict, batch: Batch) -> dict:
@@ -134,13 +156,13 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
 
     seed = np.int32(training.seed)
     abstract_state = _abstract_state(jax.eval_shape(init, seed), fns.axes, mesh)
+    batches = jax.tree.map(lambda leaf: leaf.sharding, abstract_batch)
+    step_batch = abstract_batch
+    if ahead:
+        step_batch = abstract_batch | {anticipation.AHEAD: abstract_batch}
+        abstract_state = abstract_state._replace(anticipation=anticipation.lay_out(abstract_state.anticipation, mesh))
     states = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    rows = (training.batch, config.data.length)
-    field = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding(mesh, "batch"))
-    abstract_batch = {name: field(rows) for name in ("inputs", "targets", "segments", "positions")}
-    abstract_batch["bytes"] = field(rows[:1])
-    batches = jax.tree.map(lambda leaf: leaf.sharding, abstract_batch)
 
     def compiled(function: Callable, **options) -> Callable:
         jitted = jax.jit(function, **options)
@@ -148,13 +170,13 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
         call.lower = _under(mesh, jitted.lower)
         return call
 
-    step_options = dict(in_shardings=(states, batches), donate_argnums=0)
+    step_options = dict(in_shardings=(states, jax.tree.map(lambda leaf: leaf.sharding, step_batch)), donate_argnums=0)
     return Build(
         config,
         mesh,
         fns,
         abstract_state,
-        abstract_batch,
+        step_batch,
         init=functools.partial(compiled(init, out_shardings=states), seed),
         step=compiled(lambda s, b: record(s, b)[:2], out_shardings=(states, everywhere), **step_options),
         record=compiled(record, out_shardings=(states, everywhere, None)),
@@ -170,27 +192,6 @@ def _under(mesh: Mesh, function: Callable) -> Callable:
             return function(*args)
 
     return call
-
-
-def accumulate(part: Callable, batch: Batch, key: jax.Array, given: Any, parts: int) -> tuple[Any, Any]:
-    """part(batch, key, given) -> (to add up, to stack), over the parts of a batch: the gradient of a whole batch with
-    the memory of one part. Row r is in part r mod parts, so that every device keeps the rows that it has.
-    """
-    split = lambda x: constrain(
-        x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), None, "batch", *[None] * (x.ndim - 1)
-    )
-    inputs = (jax.tree.map(split, batch), jax.random.split(key, parts), given)
-    if parts == 1:
-        total, seen = part(*jax.tree.map(lambda x: x[0], inputs))
-        return total, jax.tree.map(lambda x: x[None], seen)
-    shapes = jax.eval_shape(lambda i: part(*jax.tree.map(lambda x: x[0], i))[0], inputs)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def add(total, inputs):
-        one, seen = part(*inputs)
-        return jax.tree.map(jnp.add, total, one), seen
-
-    return jax.lax.scan(add, zeros, inputs)
 
 
 def _abstract_state(state: TrainState, axes: dict, mesh: Mesh) -> TrainState:

@@ -9,16 +9,19 @@ import numpy as np
 from sparse_lm import config as configs
 from sparse_lm import data
 from sparse_lm.mesh import sharding
+from sparse_lm.routing import leak
 from sparse_lm.training.build import Build, count_tokens
 
 SCALARS = ("loss", "cross_entropy", "balance_loss", "z_loss", "grad_norm", "learning_rate")
 
 
 def metrics_row(model: configs.Model, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-    """A step's metrics as plain numbers: those of `SCALARS`, counts, and the health of each routed layer."""
+    """A step's metrics as plain numbers: those of `SCALARS`, other losses of the router, counts, and the health of each
+    routed layer."""
     metrics = jax.device_get(metrics)
     row = {"step": step, "tokens": count_tokens(metrics["tokens"])}
-    row |= {name: float(metrics.get(name, 0.0)) for name in SCALARS}
+    others = set(metrics) - {"tokens", "skipped", "skipped_in_a_row", "routing"}
+    row |= {name: float(metrics.get(name, 0.0)) for name in (*SCALARS, *sorted(others - set(SCALARS)))}
     row["skipped"] = int(metrics["skipped"])
     layers = [layer for layer in range(model.layers) if model.is_expert_layer(layer)]
     for name, values in metrics["routing"].items():
@@ -28,11 +31,12 @@ def metrics_row(model: configs.Model, step: int, metrics: dict[str, Any]) -> dic
 
 def evaluate(
     program: Build, corpus: data.Corpus, parameters: dict, router: dict, splits: list[str]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Means over the tokens of the first `evaluation.rows` rows of each split.
 
     loss: nats per token at the evaluation capacity; loss_train_capacity: at the training capacity; bits_per_byte: of
-    the text, which does not depend on the tokenizer; tokens: how many.
+    the text, which does not depend on the tokenizer; tokens: how many; causal: whether loss is of each token given the
+    earlier ones alone (`routing.leak`).
     """
     training, rows = program.config.training, program.config.evaluation.rows
     batch = training.batch // training.accumulation  # what fits a step's memory
@@ -49,5 +53,6 @@ def evaluate(
             "bits_per_byte": total["cross_entropy"] / math.log(2) / total["bytes"],
             "loss_train_capacity": total["cross_entropy_train_capacity"] / total["tokens"],
             "tokens": int(total["tokens"]),
+            "causal": not leak(program.config.model, program.config.model.eval_capacity_factor),
         }
     return measured

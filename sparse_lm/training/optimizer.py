@@ -24,13 +24,13 @@ def group_of(path: tuple) -> str:
 
 
 def per_matrix(make: Callable[[Axes], optax.GradientTransformation], axes: dict) -> optax.GradientTransformation:
-    """Applies a transformation to each matrix by itself, mapped over the layers and experts stacked with it.
+    """Applies a transformation to each matrix by itself, mapped over the layers, experts or blocks stacked with it.
 
     make: from the axes of one matrix to its transformation. axes: those of each parameter.
     """
 
     def mapped(function: str, axes: Axes) -> Callable:
-        stacked = [axis for axis in axes if axis in ("layers", "experts")]
+        stacked = [axis for axis in axes if axis in ("layers", "experts", "blocks")]
         call = getattr(make(axes[len(stacked) :]), function)
         for _ in stacked:
             call = jax.vmap(call)

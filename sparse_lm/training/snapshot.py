@@ -20,6 +20,7 @@ def _parts(state: TrainState) -> dict[str, Any]:
         "parameters": state.parameters,
         "optimizer": state.optimizer,
         "router": state.router,
+        "anticipation": state.anticipation,
         "position": position,
     }
 

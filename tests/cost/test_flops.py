@@ -95,7 +95,7 @@ def test_the_twins_differ_by_the_router_alone():
 
 
 def test_padding_is_executed_and_not_needed():
-    config = make(**SPARSE)
+    config = make(**SPARSE, executor="gather")
     wide = dataclasses.replace(config.model, capacity_factor=2.5)
     one, two = (cost.flops(model, 64) for model in (config.model, wide))
     assert one.training == two.training

@@ -1,11 +1,11 @@
-"""Both executors against the loop, values and gradients."""
+"""Every executor against the loop, values and gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.experts import EXECUTORS
+from sparse_lm.experts import EXECUTORS, Experts
 from sparse_lm.routing import TokenChoice
 from tests import tiny
 from tests.oracles import moe
@@ -14,13 +14,16 @@ G, S, D, E, F = 2, 10, 6, 4, 5
 ACT = {"gelu": jax.nn.gelu, "swiglu": jax.nn.silu}
 
 
-def compute(weights, activation, x):
-    """The experts, as the executors want them: [E, G, C, D] to [E, G, C, D]."""
-    into = jnp.einsum("egcd,edf->egcf", x, weights["into"])
-    hidden = ACT[activation](into)
-    if "gate" in weights:
-        hidden = ACT[activation](jnp.einsum("egcd,edf->egcf", x, weights["gate"])) * into
-    return jnp.einsum("egcf,efd->egcd", hidden, weights["out"])
+def experts(weights, activation):
+    """What the executors are given."""
+
+    def layer(x, product, key):
+        hidden = product(x, "into")
+        hidden = ACT[activation](product(x, "gate")) * hidden if "gate" in weights else ACT[activation](hidden)
+        return product(hidden, "out")
+
+    into, out = ("experts", None, "hidden"), ("experts", "hidden", None)
+    return Experts(weights, {"into": into, "gate": into, "out": out}, layer)
 
 
 def case(top_k: int, gated: bool, crowded: bool):
@@ -49,9 +52,7 @@ def test_values_and_gradients_are_those_of_the_loop(executor, top_k, places, gat
     @jax.jit
     def run(x, weight, weights):
         choice = TokenChoice(jnp.asarray(expert, jnp.int32), weight)
-        go = lambda x, w, e: EXECUTORS[executor](
-            x, choice._replace(weight=w), lambda sent: compute(e, activation, sent), E, places
-        )
+        go = lambda x, w, e: EXECUTORS[executor].run(x, choice._replace(weight=w), experts(e, activation), places)
         y, back, lost = jax.vjp(go, x, weight, weights, has_aux=True)
         return y, lost, back(dy.astype(np.float32))
 
@@ -66,7 +67,8 @@ def test_values_and_gradients_are_those_of_the_loop(executor, top_k, places, gat
 def test_a_token_without_a_place_has_output_zero_and_the_others_what_they_had(executor):
     x, _, expert, weight, weights = case(1, False, crowded=True)
     choice = TokenChoice(jnp.asarray(expert), jnp.asarray(weight, jnp.float32))
-    apply = lambda x, places: EXECUTORS[executor](x, choice, lambda sent: compute(weights, "gelu", sent), E, places)[0]
+    weights = jax.tree.map(lambda w: w.astype(np.float32), weights)
+    apply = lambda x, places: EXECUTORS[executor].run(x, choice, experts(weights, "gelu"), places)[0]
     run = jax.jit(apply, static_argnums=1)
     few, all_of_them = np.asarray(run(x.astype(np.float32), 2)), np.asarray(run(x.astype(np.float32), S))
     kept = np.stack([moe.place(group, 2) for group in expert])[..., 0]

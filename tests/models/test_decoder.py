@@ -25,7 +25,7 @@ def forward(executor=None):
     @functools.partial(jax.jit, static_argnums=1)
     def run(batch, factor, given):
         out = made.apply(parameters, batch["inputs"], packed_context(batch, factor), {}, None, given)
-        return out.logits, None if out.aux is None else out.aux.experts
+        return out.logits, None if out.aux is None else out.aux.chosen
 
     parameters = jax.jit(made.init)(jax.random.key(0))
     return lambda batch, factor=INF, given=None: run(jax.tree.map(jnp.asarray, batch), factor, given)
@@ -67,7 +67,7 @@ def test_the_whole_decoder_is_the_loop(fields):
     kept = batch["segments"] > 0
     tiny.close(np.asarray(out.logits)[kept], logits[kept])
     if out.aux is not None:
-        np.testing.assert_array_equal(out.aux.experts, experts)
+        np.testing.assert_array_equal(out.aux.chosen, experts)
 
 
 @pytest.mark.parametrize("gated", ["gelu", "swiglu"])

@@ -11,29 +11,12 @@ from tests.oracles import moe
 D, F = 16, 32
 
 
-def made(activation, experts=0):
-    model = tiny.config(model__activation=activation).model
-    return FeedForward(model, F, nnx.Rngs(params=0), experts)
-
-
-def weights(layer, expert=...):
-    names = ["into", "out"] + ["gate"] * (layer.gate is not None)
-    return {name: np.asarray(getattr(layer, name)[...], np.float64)[expert] for name in names}
-
-
 @pytest.mark.parametrize("activation", ["gelu", "geglu", "swiglu"])
 def test_a_dense_layer_is_the_loop(activation):
-    layer = made(activation)
+    layer = FeedForward(tiny.config(model__activation=activation).model, F, nnx.Rngs(params=0))
+    weights = {name: np.asarray(w, np.float64) for name, w in layer.weights("float32")[0].items()}
     x = np.random.default_rng(0).normal(size=(2, 3, D))
-    expected = [[moe.Expert(weights(layer), activation).forward(token) for token in row] for row in x]
-    tiny.close(layer(jnp.asarray(x, jnp.float32)), np.array(expected))
-
-
-def test_each_expert_computes_with_its_own_weights():
-    layer = made("geglu", experts=3)
-    x = np.random.default_rng(0).normal(size=(3, 2, 4, D))
-    run = lambda e, token: moe.Expert(weights(layer, e), "geglu").forward(token)
-    expected = [[[run(e, token) for token in group] for group in x[e]] for e in range(3)]
+    expected = [[moe.Expert(weights, activation).forward(token) for token in row] for row in x]
     tiny.close(layer(jnp.asarray(x, jnp.float32)), np.array(expected))
 
 

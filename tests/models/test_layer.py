@@ -60,7 +60,7 @@ def test_a_switch_layer_is_the_loop_in_values_and_gradients(executor, activation
     expected, losses, expert, lost, gradients = moe.switch(
         grouped(x), grouped(valid), wide["router"]["kernel"], wide["experts"], activation, places, 0.3, 0.2, grouped(dy)
     )
-    np.testing.assert_array_equal(aux.experts, expert)
+    np.testing.assert_array_equal(aux.chosen, expert)
     assert aux.statistics["dropped"] == lost
     assert (lost > 0) == (factor <= 1)
     tiny.close(grouped(np.asarray(y)), expected)
@@ -83,7 +83,7 @@ def test_overflow_and_padding_pass_a_layer_by_the_residual_alone(executor):
     x = random.normal(size=(ROWS, LENGTH, D)).astype(np.float32)
     valid = random.random((ROWS, LENGTH)) < 0.8
     y, (aux, _) = jax.jit(lambda x: nnx.merge(graph, state)(x, context(valid, 0.5), {}))(x)
-    kept = np.stack([moe.place(group, moe.capacity(LENGTH, E, 1, 0.5)) for group in np.asarray(aux.experts)])[..., 0]
+    kept = np.stack([moe.place(group, moe.capacity(LENGTH, E, 1, 0.5)) for group in np.asarray(aux.chosen)])[..., 0]
     assert 0 < kept.sum() < valid.sum()
     np.testing.assert_array_equal(np.asarray(y)[~kept], x[~kept])
     assert (np.asarray(y) != x).any(axis=-1)[kept].all()

@@ -7,7 +7,11 @@ from sparse_lm.routing import TokenChoice
 from sparse_lm.routing.health import health, measure
 
 E = 4
-measured = jax.jit(lambda logits, expert: measure(logits, TokenChoice(expert, jnp.ones(expert.shape))))
+measured = jax.jit(
+    lambda logits, expert: measure(
+        logits, TokenChoice(expert, jnp.ones(expert.shape)), (expert >= 0).any(axis=-1), "batch"
+    )
+)
 health = jax.jit(health)
 
 

@@ -128,7 +128,7 @@ def test_these_models_use_several_experts(name):
     _, fns, parameters = made(name)
     ids = jnp.arange(24).reshape(1, 24)
     batch = {"inputs": ids, "segments": jnp.ones_like(ids), "positions": ids}
-    experts = fns.apply(parameters, ids, packed_context(batch, math.inf), fns.init_router_state()).aux.experts
+    experts = fns.apply(parameters, ids, packed_context(batch, math.inf), fns.init_router_state()).aux.chosen
     assert all(len(np.unique(layer)) > 1 for layer in experts)
 
 

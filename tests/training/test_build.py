@@ -111,7 +111,7 @@ def test_metrics_are_the_means_over_the_tokens():
     load = np.asarray(seen["sums"]["statistics"]["load"])[0]
     assert load.sum() == tokens
     assert metrics["routing"]["load_max"][0] == pytest.approx(load.max() / load.mean())
-    rows = np.asarray(seen["experts"])[0, ..., 0]  # one group a row
+    rows = np.asarray(seen["chosen"])[0, ..., 0]  # one group a row
     places = capacity(16, 4, 1, 1.0)
     lost = sum(max(0, (row == e).sum() - places) for row in rows for e in range(4))
     assert lost > 0
@@ -165,14 +165,14 @@ def test_a_recorded_step_is_the_step(recorded):
     tiny.equal(metrics, same_metrics)
     tiny.equal(after, stepped)
     rows = np.asarray(batch["segments"]).reshape(2, 2, 16).swapaxes(0, 1)  # row r is in part r mod 2
-    assert seen["experts"].shape == (2, 1, 2, 16, 1)
-    np.testing.assert_array_equal(np.asarray(seen["experts"])[:, 0, ..., 0] >= 0, rows > 0)
+    assert seen["chosen"].shape == (2, 1, 2, 16, 1)
+    np.testing.assert_array_equal(np.asarray(seen["chosen"])[:, 0, ..., 0] >= 0, rows > 0)
     assert seen["token_losses"].sum() == pytest.approx(float(metrics["cross_entropy"]) * (rows > 0).sum(), rel=1e-6)
 
 
 def test_a_step_given_its_own_experts_is_the_same_step(recorded):
     build, state, batch, (after, metrics, seen) = recorded
-    replayed, again, seen_again = build.record(copied(state), batch, seen["experts"])
+    replayed, again, seen_again = build.record(copied(state), batch, seen["chosen"])
     tiny.equal(again, metrics)
     tiny.equal(replayed, after)
     tiny.equal(seen_again, seen)

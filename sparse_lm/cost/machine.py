@@ -1,0 +1,45 @@
+"""What known accelerators can do at best: the two peaks of a roofline (Williams, Waterman and Patterson 2009)."""
+
+import re
+from typing import NamedTuple
+
+
+class Machine(NamedTuple):
+    """Peaks of one device as its maker gives them, without structured sparsity.
+
+    On a TPU products of float32 run as bfloat16 at jax's default precision, on a GPU as TF32.
+    """
+
+    name: str
+    bfloat16: float  # FLOP/s of matrix products
+    float32: float  # FLOP/s of matrix products of float32 at jax's default precision
+    memory: float  # bytes/s between the device and its own memory
+    source: str
+
+    def products(self, dtype: str) -> float:
+        """FLOP/s of matrix products of float32 or bfloat16."""
+        return self.bfloat16 if dtype == "bfloat16" else self.float32
+
+
+_TPU = "https://cloud.google.com/tpu/docs/"
+_A100 = "https://www.nvidia.com/en-us/data-center/a100"
+_H100 = "https://www.nvidia.com/en-us/data-center/h100"
+_H200 = "https://www.nvidia.com/en-us/data-center/h200"
+
+# By a pattern that is looked for in the device's kind (`jax.Device.device_kind`); the first that is found counts.
+MACHINES: dict[str, Machine] = {
+    r"TPU v4$": Machine("TPU v4", 275e12, 275e12, 1.2e12, _TPU + "v4"),
+    r"TPU v5( lite|e)$": Machine("TPU v5e", 197e12, 197e12, 819e9, _TPU + "v5e"),
+    r"TPU v5p?$": Machine("TPU v5p", 459e12, 459e12, 2.765e12, _TPU + "v5p"),
+    r"TPU v6( lite|e)$": Machine("TPU v6e", 918e12, 918e12, 1.64e12, _TPU + "v6e"),
+    r"A100.*80GB": Machine("A100 80 GB", 312e12, 156e12, 2.039e12, _A100),
+    r"A100": Machine("A100 40 GB", 312e12, 156e12, 1.555e12, _A100),
+    r"H100 PCIe": Machine("H100 PCIe", 756e12, 378e12, 2.0e12, _H100),
+    r"H100": Machine("H100 SXM", 989e12, 494e12, 3.35e12, _H100),
+    r"H200": Machine("H200", 989e12, 494e12, 4.8e12, _H200),
+}
+
+
+def machine(kind: str) -> Machine | None:
+    """The machine of a device kind such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None for one not in the table."""
+    return next((known for pattern, known in MACHINES.items() if re.search(pattern, kind)), None)

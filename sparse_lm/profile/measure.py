@@ -1,0 +1,188 @@
+"""Runs a few steps of a config and finds where their time goes."""
+
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_lm import config as configs
+from sparse_lm.cost import flops, optimizer_flops
+from sparse_lm.cost.machine import Machine, machine
+from sparse_lm.errors import UserError
+from sparse_lm.mesh import make_mesh
+from sparse_lm.profile import program, timeline
+from sparse_lm.profile.program import PARTS, REST, Place
+from sparse_lm.training.build import Build, build
+
+# The part that a name of `cost.flops` belongs to, where it is another.
+FLOPS_OF = {
+    "attention projections": "attention",
+    "attention scores": "attention",
+    "feed-forward": "feed_forward",
+    "shared experts": "feed_forward",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One part of a step, on one device."""
+
+    part: str
+    forward: float  # seconds
+    backward: float  # seconds
+    flops: float  # of matrix products; of the optimizer all
+    bytes: float  # that instructions read and write, as if nothing were cached
+
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class Profile:
+    rows: tuple[Row, ...]
+    idle: float  # seconds of a step in which no instruction runs
+    step: float  # seconds of a step without the profiler, the sum of the rows and `idle`
+    profiled: float  # seconds of a step with the profiler
+    steps: int  # profiled
+    devices: int
+    machine: Machine  # peaks of one device
+    dtype: str  # of the products
+
+    def roofline(self, row: Row) -> float:
+        """Seconds that the machine's peaks allow for a part."""
+        return max(row.flops / self.machine.products(self.dtype), row.bytes / self.machine.memory)
+
+
+def profile(config: configs.Config, steps: int = 5, trace: str = "") -> Profile:
+    """Profiles training steps of a resolved config on random tokens, on all devices of this process.
+
+    trace: a folder that the trace is left in, for TensorBoard's profiler or Perfetto; "": none is left.
+
+    Raises `UserError` for a number of steps below 1, a trace folder that is a file, and what `build` raises it for.
+    """
+    if steps < 1:
+        raise UserError(f"--steps is {steps}; at least 1 step has to be profiled")
+    folder = Path(trace)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--trace is {trace}, but {there} is a file; it has to be a folder, made where there is none")
+    built = build(config, make_mesh(config.mesh))
+    compiled = built.step.lower(built.abstract_state, built.abstract_batch).compile()
+    step = _stepper(built, compiled)
+    run = lambda: [step() for _ in range(steps)]
+    run()  # the first steps are slower
+    plain = run()
+    with tempfile.TemporaryDirectory() as scratch:
+        with jax.profiler.trace(trace or scratch, profiler_options=_options()):
+            profiled = run()
+        spent = timeline.read(trace or scratch)
+    plain += run()  # on both sides, so that a machine that slows down on the way tells on both alike
+    device, devices = built.mesh.devices.flat[0], built.mesh.size
+    peaks = machine(device.device_kind) or measured(devices if device.platform == "cpu" else 1)
+    return _profile(config, program.read(compiled.as_text()), spent, plain, profiled, devices, peaks)
+
+
+def _options() -> jax.profiler.ProfileOptions:
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # Python's own calls tell nothing here, and slow it down
+    return options
+
+
+def _stepper(built: Build, compiled: Callable) -> Callable[[], float]:
+    """A function that runs the next step and returns its seconds."""
+    batch, state = random_batch(built), built.init()
+
+    def step() -> float:
+        nonlocal state
+        start = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready((state, metrics))
+        return time.perf_counter() - start
+
+    return step
+
+
+def random_batch(built: Build) -> dict[str, jax.Array]:
+    """Full rows of random tokens, one document each."""
+    config = built.config
+    rows, length = config.training.batch, config.data.length
+    ids = np.random.default_rng(config.training.seed).integers(0, config.model.vocabulary, (rows, length + 1))
+    batch = {
+        "inputs": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "segments": np.ones((rows, length)),
+        "positions": np.tile(np.arange(length), (rows, 1)),
+        "bytes": np.full(rows, length),
+    }
+    return {k: jax.device_put(v.astype(np.int32), built.abstract_batch[k].sharding) for k, v in batch.items()}
+
+
+def measured(devices: int) -> Machine:
+    """What one of some devices that share this machine reaches: a product of matrices of float32, 1,024 × 1,024, and
+    256 MB read and written in their place (fresh memory would be the system's to hand out, and slow). The best of some.
+    """
+    square, large = jnp.ones((1024, 1024)), jnp.ones(2**26)
+    size = large.nbytes
+    product = 2 * 1024**3 / _best(jax.jit(lambda x: x @ x / 1024, donate_argnums=0), square, 50)
+    copy = 2 * size / _best(jax.jit(lambda x: -x, donate_argnums=0), large, 10)
+    return Machine("this machine", product / devices, product / devices, copy / devices, "measured")
+
+
+def _best(function: Callable, value: jax.Array, rounds: int) -> float:
+    """The least seconds of a run of function on what it returned before."""
+    seconds = []
+    for _ in range(rounds + 1):  # the first compiles
+        start = time.perf_counter()
+        value = jax.block_until_ready(function(value))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _profile(
+    config: configs.Config,
+    compiled: program.Program,
+    spent: list[dict[str, float]],
+    plain: list[float],
+    profiled: list[float],
+    devices: int,
+    peaks: Machine,
+) -> Profile:
+    """The parts' shares of the profiled time are applied to a step without the profiler: it slows all parts down."""
+    step = statistics.median(plain)
+    busy = max((sum(device.values()) for device in spent), default=0.0)
+    scale = step / max(sum(profiled) * 1e9, busy) / max(len(spent), 1)
+    seconds: dict[Place, float] = defaultdict(float)
+    for device in spent:
+        for name, nanoseconds in device.items():
+            seconds[compiled.places.get(name, Place(REST, False))] += nanoseconds * scale
+    count = flops_by_part(config)
+    rows = tuple(
+        Row(
+            part,
+            seconds[Place(part, False)],
+            seconds[Place(part, True)],
+            count[part] / devices,
+            sum(moved for place, moved in compiled.bytes.items() if place.part == part),
+        )
+        for part in (*PARTS, REST)
+    )
+    idle = step - sum(row.seconds for row in rows)
+    return Profile(rows, idle, step, statistics.median(profiled), len(profiled), devices, peaks, config.model.dtype)
+
+
+def flops_by_part(config: configs.Config) -> dict[str, float]:
+    """Of a step on all devices, by part. The work per element is in no part: it is the bytes that bound it."""
+    tokens = config.training.batch * config.data.length
+    count: dict[str, float] = defaultdict(float)
+    for part in flops(config.model, config.data.length).parts:
+        count[FLOPS_OF.get(part.name, part.name)] += tokens * part.training
+    count["optimizer"] = optimizer_flops(config)
+    return count

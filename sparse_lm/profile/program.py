@@ -1,0 +1,202 @@
+"""From the text of a compiled program to the part of the model that an instruction belongs to, and the bytes it moves.
+
+The model and the step name their parts by `jax.named_scope`. The names come through differentiation and compilation in
+each instruction's metadata: op_name="jit(step)/transpose(jvp(attention))/dot_general" is a product of attention's
+backward pass.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+PARTS = (
+    "embedding", "attention", "feed_forward", "router", "dispatch", "experts", "combine", "output", "optimizer"
+)  # fmt: skip
+REST = "rest"
+FREE = "parameter constant tuple get-tuple-element bitcast while conditional call after-all".split()
+SLICING = ("dynamic-slice", "slice", "gather")
+
+
+class Place(NamedTuple):
+    part: str  # one of PARTS, or REST
+    backward: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Instruction:
+    name: str
+    opcode: str
+    arrays: tuple[tuple[float, int], ...]  # (bytes per element, elements) of each array of its result
+    arguments: str  # the text after the opcode
+    root: bool
+    operands: tuple["Instruction", ...] = ()
+    called: tuple["Computation", ...] = ()
+
+    @property
+    def bytes(self) -> float:
+        return sum(width * size for width, size in self.arrays)
+
+    @property
+    def elements(self) -> int:
+        return sum(size for _, size in self.arrays)
+
+    @property
+    def op_name(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.arguments)
+        return found[1] if found else ""
+
+    @property
+    def trips(self) -> int:
+        """How often a loop runs; 1 where the compiler does not know it."""
+        found = re.search(r'known_trip_count":\{"n":"(\d+)"', self.arguments)
+        return int(found[1]) if found else 1
+
+
+@dataclass
+class Computation:
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Instruction:
+        return next(i for i in self.instructions.values() if i.root)
+
+    def users(self, of: Instruction) -> list[Instruction]:
+        return [i for i in self.instructions.values() if of in i.operands]
+
+
+@dataclass(frozen=True)
+class Program:
+    places: dict[str, Place]  # of each instruction, by its name
+    bytes: dict[Place, float]  # moved by all instructions of a place, per run of the program on one device
+
+
+def read(text: str) -> Program:
+    """Reads what `jax.stages.Compiled.as_text` gives.
+
+    Bytes are those of each instruction's operands and results, as if no cache lay between instructions: an upper bound.
+    Of an operand that is only sliced the slices count, of a result that is updated in place the update, and of a loop's
+    body all rounds.
+    """
+    computations, entry = parse(text)
+    places: dict[str, Place] = {}
+    for computation in computations.values():
+        places |= _places(computation)
+    moved: dict[Place, float] = defaultdict(float)
+
+    def run(computation: Computation, times: int) -> None:
+        for instruction in computation.instructions.values():
+            if instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
+                moved[places[instruction.name]] += times * traffic(instruction)
+            if instruction.opcode in ("while", "conditional", "call"):
+                for called in instruction.called:
+                    run(called, times * instruction.trips)
+
+    run(entry, 1)
+    return Program(places, dict(moved))
+
+
+def parse(text: str) -> tuple[dict[str, Computation], Computation]:
+    """The computations of a module by name, and its entry."""
+    computations: dict[str, Computation] = {}
+    entry = current = Computation()
+    for line in text.splitlines():
+        if found := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            current = computations[found[2]] = Computation()
+            entry = current if found[1] else entry
+        elif found := re.match(r"\s+(ROOT )?%?([\w.-]+) = (.*?)(?<=[\])}]) ([a-z][\w-]*)\((.*)", line):
+            root, name, kind, opcode, arguments = found.groups()
+            operands = re.findall(r"%([\w.-]+)", arguments.split("), ", 1)[0])
+            named = re.findall(r"%([\w.-]+)", arguments)
+            current.instructions[name] = Instruction(
+                name,
+                opcode,
+                tuple(_array(*array) for array in re.findall(r"(pred|[a-z]+\d\w*)\[([\d,]*)\]", kind)),
+                arguments,
+                bool(root),
+                tuple(current.instructions[n] for n in operands if n in current.instructions),
+                tuple(computations[n] for n in named if n in computations),
+            )
+    return computations, entry
+
+
+def _array(dtype: str, shape: str) -> tuple[float, int]:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    return bits / 8, math.prod(int(size) for size in shape.split(",") if size)
+
+
+def _places(computation: Computation) -> dict[str, Place]:
+    """The place of each instruction. One that the compiler made, a copy say, goes with its user, or what it uses."""
+    found = {name: _place(instruction) for name, instruction in computation.instructions.items()}
+    users = defaultdict(list)
+    for instruction in computation.instructions.values():
+        for operand in instruction.operands:
+            users[operand.name].append(instruction.name)
+    for name in reversed(computation.instructions):
+        found[name] = found[name] or next((found[user] for user in users[name] if found[user]), None)
+    for name, instruction in computation.instructions.items():
+        found[name] = found[name] or next((found[o.name] for o in instruction.operands if found[o.name]), None)
+    return {name: place or Place(REST, False) for name, place in found.items()}
+
+
+def _place(instruction: Instruction) -> Place | None:
+    """By most of the work in it, where it has other instructions inside: a fusion bears the name of its last one."""
+    votes: Counter[Place] = Counter()
+
+    def vote(one: Instruction) -> None:
+        if place := place_of(one.op_name):
+            votes[place] += _work(one)
+        for called in one.called:
+            for inner in called.instructions.values():
+                vote(inner)
+
+    vote(instruction)
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def place_of(op_name: str) -> Place | None:
+    """The innermost part that an op_name mentions; REST where it mentions none, None where it says nothing."""
+    if "/" not in op_name:
+        return None
+    words = re.split(r"[/();]+", op_name)
+    return Place(next((w for w in reversed(words) if w in PARTS), REST), "transpose(" in op_name)
+
+
+def _work(instruction: Instruction) -> float:
+    """In proportion to FLOPs; never 0, so that it has a vote."""
+    operands = instruction.operands
+    if instruction.opcode in ("dot", "ragged-dot", "convolution") and len(operands) > 1:
+        return math.sqrt(operands[0].elements * operands[1].elements * instruction.elements)
+    if instruction.opcode in FREE or instruction.called:
+        return 1e-3
+    return instruction.elements
+
+
+def traffic(instruction: Instruction) -> float:
+    """Bytes that one run of an instruction reads and writes."""
+    inside = instruction.called[0] if instruction.opcode == "fusion" and instruction.called else None
+    if inside is None:
+        reads = sum(_read(o, [instruction]) for o in instruction.operands)
+        return reads + _written(instruction)
+    parameters = [i for i in inside.instructions.values() if i.opcode == "parameter"]
+    return sum(_read(p, inside.users(p)) for p in parameters) + _written(inside.root)
+
+
+def _read(array: Instruction, users: list[Instruction]) -> float:
+    """Bytes read of an array: of its slices alone where it is only sliced, none where a part of it is replaced."""
+    read = 0.0
+    for user in users:
+        if user.operands[:1] == (array,) and user.opcode in SLICING:
+            read += user.bytes
+        elif not (user.operands[:1] == (array,) and user.opcode == "dynamic-update-slice"):
+            return array.bytes
+    return min(read, array.bytes)
+
+
+def _written(result: Instruction) -> float:
+    if result.opcode == "dynamic-update-slice" and len(result.operands) > 1:
+        return result.operands[1].bytes
+    if result.opcode == "tuple":
+        return sum(_written(o) for o in result.operands)
+    return result.bytes

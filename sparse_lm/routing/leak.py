@@ -1,0 +1,24 @@
+"""Whether outputs can depend on later tokens through the routing, which makes a language model's loss too low."""
+
+from sparse_lm.config import Model, capacity
+from sparse_lm.registry import lookup
+from sparse_lm.routing.choice import TokenChoice
+from sparse_lm.routing.table import ROUTERS
+
+
+def leak(model: Model, capacity_factor: float, training: bool = False) -> str:
+    """How an evaluation, or training, at this capacity factor looks ahead, in a few words; "" where it does not.
+
+    A router may look ahead, and so may the placement under a capacity. Generation routes each token by itself, with a
+    place for everyone, and never does.
+    """
+    if not model.experts:
+        return ""
+    router = lookup("model.router.name", ROUTERS, model.router.name)
+    if (said := router.leak(model)) and (training or not router.alone_in_evaluation):
+        return said
+    drops = capacity(model.group_size, model.experts, model.top_k, capacity_factor) < model.group_size
+    only_first = router.k_experts and model.top_k == 1 and not model.router.options.get("priority", False)
+    if router.form is TokenChoice and drops and not only_first:
+        return f"at a capacity factor of {capacity_factor:g}, tokens lose their places to later ones"
+    return ""
