@@ -1,19 +1,25 @@
-"""A sparse training step over its dense twin's, alternated in one process.
+"""A sparse training step over its dense twin's, in turns in one process.
 
-    python experiments/benchmarks/dense_twin.py --config=configs/quickstart.py [--rounds=30] [--config.model.experts=16]
+    python -m experiments.benchmarks.dense_twin --config=configs/quickstart.py [--rounds=20] [--experts=8,16,64,128]
+        [--top_k=1,2] [--executors=auto,einsum,gather,grouped] [--config.model.capacity_factor=…]
 
-Prints the median ratio of step times with its quartiles, with the optimizer and without (loss and gradients alone).
+Prints for each number of experts, K and executor the median ratio of step times to the dense twin of equal FLOPs per
+token, with quartiles: the whole step, and loss and gradients alone, without the optimizer's time for more parameters;
+and the share of the machine's own matrix-product speed that loss and gradients reach, by the FLOPs that are needed.
 """
 
+import dataclasses
 import sys
-import time
 
 import jax
 import numpy as np
 from absl import flags
 
+from experiments.benchmarks.alternate import alternate, machine, ratio, share
 from sparse_lm.command_line import define_config
-from sparse_lm.config import resolve
+from sparse_lm.config import Config, choice, resolve
+from sparse_lm.cost.flops import flops
+from sparse_lm.cost.info import table
 from sparse_lm.cost.twin import twin
 from sparse_lm.mesh import make_mesh
 from sparse_lm.training.build import build
@@ -22,37 +28,52 @@ from sparse_lm.training.loss import loss
 
 def main() -> None:
     values = flags.FlagValues()
-    flags.DEFINE_integer("rounds", 30, "alternations", flag_values=values)
+    flags.DEFINE_integer("rounds", 20, "turns", flag_values=values)
+    flags.DEFINE_list("experts", ["8", "16", "64", "128"], "E", flag_values=values)
+    flags.DEFINE_list("top_k", ["1", "2"], "K", flag_values=values)
+    flags.DEFINE_list("executors", ["auto", "einsum", "gather", "grouped"], "", flag_values=values)
     define_config(values, sys.argv)
     values(sys.argv)
-    sparse = resolve(values.config)
-    sides = {"sparse": sparse, "dense": twin(sparse)}
-    steps = {name: make_steps(config) for name, config in sides.items()}
-    for what in ("step", "loss and gradients"):
-        times = {name: [] for name in sides}
-        for _ in range(values.rounds):
-            for name in sides:
-                run = steps[name][what]
-                start = time.perf_counter()
-                jax.block_until_ready(run())
-                times[name].append(time.perf_counter() - start)
-        ratio = np.array(times["sparse"]) / np.array(times["dense"])
-        low, middle, high = np.quantile(ratio, [0.25, 0.5, 0.75])
-        print(f"{what}: sparse / dense = {middle:.3f} (quartiles {low:.3f} to {high:.3f}, {values.rounds} rounds)")
+    rows = [("E", "K", "executor", "step", "without optimizer", "of the machine")]
+    for k in map(int, values.top_k):
+        for experts in map(int, values.experts):
+            sparse = _with(values.config, experts, k)
+            rows += measure(sparse, values.executors, values.rounds)
+    print(table(rows))
 
 
-def make_steps(config):
+def _with(config: Config, experts: int, k: int) -> Config:
+    router = config.model.router if k == 1 else choice("topk")
+    model = dataclasses.replace(config.model, experts=experts, top_k=k, router=router)
+    return resolve(dataclasses.replace(config, model=model))
+
+
+def measure(sparse: Config, executors: list[str], rounds: int) -> list[tuple[str, ...]]:
+    configs = {"dense": twin(sparse)}
+    for name in executors:
+        configs[name] = resolve(dataclasses.replace(sparse, model=dataclasses.replace(sparse.model, executor=name)))
+    programs = {name: runs(config) for name, config in configs.items()}
+    steps = alternate({name: step for name, (step, _) in programs.items()}, rounds)
+    gradients = alternate({name: run for name, (_, run) in programs.items()} | {"machine": machine()}, rounds)
+    needed = sparse.training.batch * sparse.data.length * flops(sparse.model, sparse.data.length).training
+    return [
+        (
+            str(sparse.model.experts),
+            str(sparse.model.top_k),
+            name,
+            ratio(steps, name, "dense"),
+            ratio(gradients, name, "dense"),
+            share(gradients, name, needed),
+        )
+        for name in executors
+    ]
+
+
+def runs(config: Config):
+    """(a training step, loss and gradients alone), on random tokens."""
     program = build(config, make_mesh(config.mesh))
-    rows, length = config.training.batch, config.data.length
-    ids = np.random.default_rng(0).integers(0, config.model.vocabulary, (rows, length + 1))
-    batch = {
-        "inputs": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "segments": np.ones((rows, length)),
-        "positions": np.tile(np.arange(length), (rows, 1)),
-        "bytes": np.full(rows, length),
-    }
-    batch = {k: jax.device_put(v.astype(np.int32), program.abstract_batch[k].sharding) for k, v in batch.items()}
+    batch = random_batch(config)
+    batch = {k: jax.device_put(v, program.abstract_batch[k].sharding) for k, v in batch.items()}
     held = [program.init()]
 
     def step():
@@ -61,10 +82,25 @@ def make_steps(config):
 
     differentiate = jax.jit(jax.grad(loss, has_aux=True), static_argnums=(1, 4))
     key, factor = jax.random.key(0), config.model.capacity_factor
-    gradients = lambda: differentiate(held[0].parameters, program.functional, held[0].router, batch, factor, key)
-    for run in (step, gradients):  # compiles
-        jax.block_until_ready(run())
-    return {"step": step, "loss and gradients": gradients}
+
+    def gradients():
+        with jax.set_mesh(program.mesh):
+            return differentiate(held[0].parameters, program.functional, held[0].router, batch, factor, key)
+
+    return step, gradients
+
+
+def random_batch(config: Config) -> dict[str, np.ndarray]:
+    rows, length = config.training.batch, config.data.length
+    ids = np.random.default_rng(0).integers(0, config.model.vocabulary, (rows, length + 1), dtype=np.int32)
+    ones = np.ones((rows, length), np.int32)
+    return {
+        "inputs": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "segments": ones,
+        "positions": ones * np.arange(length, dtype=np.int32),
+        "bytes": np.full(rows, length, np.int32),
+    }
 
 
 if __name__ == "__main__":
