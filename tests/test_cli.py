@@ -92,11 +92,35 @@ def test_a_config_file_that_is_none(capsys, tmp_path, text, answer):
         ("data.sources=tfds:no_such_set", "no_such_set"),
         ("evaluation.splits=valdation", "did you mean 'validation'?"),
         ("training.steps=0", "training.steps is 0"),
+        (
+            "model.router.name=soft model.executor=gather",
+            "can't express the SoftSlots of the router 'soft'; these can: auto, einsum",
+        ),
+        ("model.router.name=expert_choice model.executor=grouped", "these can: auto, einsum, gather"),
+        (
+            "model.router.name=deepseek model.router.options.groups=3",
+            "groups is 3, which does not divide model.experts=8",
+        ),
+        (
+            "model.router.name=deepseek model.router.options.groups=4 model.top_k=3",
+            "model.top_k is 3, above the 2 experts of groups_kept=1 groups",
+        ),
+        (
+            "model.experts=0 model.layout.name=banded model.layout.options.block=48",
+            "block is 48, which does not divide",
+        ),
+        (
+            "model.experts=0 model.layout.name=banded model.layout.options.block=8 model.layout.options.density=0.01",
+            "density is 0.01",
+        ),
+        ("model.layout.name=banded", "model.experts must be 0"),
+        ("model.balance_over=world", "model.balance_over is 'world'"),
     ],
 )
 def test_a_wrong_field(capsys, config, tmp_path, field, answer):
     workdir = tmp_path / "run"
-    command = ["train", f"--config={config}", f"--workdir={workdir}", f"--config.{field}"]
+    fields = [f"--config.{one}" for one in field.split()]
+    command = ["train", f"--config={config}", f"--workdir={workdir}", *fields]
     assert answer in said(capsys, *command)
     assert not workdir.exists()
 

@@ -18,7 +18,14 @@ from experiments.benchmarks.alternate import alternate, machine, ratio, share
 from sparse_lm.cost.info import table
 from sparse_lm.kernels import alignment, grouped_matmul
 
-SHAPES = ["4096,8,128,512", "8192,8,128,512", "4096,64,128,512", "8192,64,128,512", "4096,256,128,512", "4096,8,512,2048"]
+SHAPES = [
+    "4096,8,128,512",
+    "8192,8,128,512",
+    "4096,64,128,512",
+    "8192,64,128,512",
+    "4096,256,128,512",
+    "4096,8,512,2048",
+]
 
 
 def main() -> None:

@@ -50,15 +50,13 @@ def grouped_outer(
 def alignment(platform: str, rows: int, experts: int) -> int:
     """The multiple to which each expert's rows are best padded with zeros on a platform ("cpu", "tpu", "gpu").
 
-    On a CPU a sixth of an even share or less, so that the padding adds some percent; rows times experts is at most
+    On a CPU at most an eighth of an even share, or 8, so that the padding adds some percent; rows times experts is at most
     rows + experts · (alignment - 1). Elsewhere 1: nothing is gained by padding.
     """
     return grouped_cpu.alignment(rows, experts) if platform == "cpu" else 1
 
 
-def reference(
-    x: Float[Array, "N D"], weights: Float[Array, "E D F"], sizes: Int[Array, " E"]
-) -> Float[Array, "N F"]:
+def reference(x: Float[Array, "N D"], weights: Float[Array, "E D F"], sizes: Int[Array, " E"]) -> Float[Array, "N F"]:
     """The same, by every expert on every row."""
     of_expert = _of_expert(len(x), sizes)
     y = jnp.zeros((len(x), weights.shape[2]), jnp.float32)
@@ -112,9 +110,7 @@ def ragged_matmul(
     return _used(y, sizes).astype(x.dtype)
 
 
-def ragged_outer(
-    x: Float[Array, "N D"], g: Float[Array, "N F"], sizes: Int[Array, " E"]
-) -> Float[Array, "E D F"]:
+def ragged_outer(x: Float[Array, "N D"], g: Float[Array, "N F"], sizes: Int[Array, " E"]) -> Float[Array, "E D F"]:
     dimensions = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
     x, g = _used(x, sizes), _used(g, sizes)
     return jax.lax.ragged_dot_general(x, g, sizes, dimensions, preferred_element_type=jnp.float32).astype(x.dtype)

@@ -15,7 +15,7 @@ CASES = 16  # lengths of an expert's last chunk that `outer` has a program for
 
 def alignment(rows: int, experts: int) -> int:
     """The largest power of two that is at most an eighth of an even share, from 8 to 64."""
-    return min(64, max(8, 1 << max(0, rows // (8 * experts)).bit_length() - 1))
+    return min(64, max(8, 1 << max(1, rows // (8 * experts)).bit_length() - 1))
 
 
 def matmul(

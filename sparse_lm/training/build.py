@@ -15,6 +15,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparse_lm import config as configs
+from sparse_lm.cost.arrays import of_blocks
+from sparse_lm.kernels.block_sparse_tpu import check_tpu_block
 from sparse_lm.mesh import check, sharding
 from sparse_lm.models import Functional, functional
 from sparse_lm.routing.health import health
@@ -55,6 +57,8 @@ class Build:
 def build(config: configs.Config, mesh: Mesh) -> Build:
     """Raises `UserError` where the config does not fit the mesh or names something that does not exist."""
     check(config, mesh)
+    if config.model.layout.name != "dense" and mesh.devices.flat[0].platform == "tpu":
+        check_tpu_block(of_blocks(config.model, config.model.layers - 1)[0][1], "model.layout.options.block")
     model, training = config.model, config.training
     fns = functional(model)
     optimizer = make_optimizer(config, fns.axes)

@@ -181,3 +181,21 @@ def test_a_loss_that_is_not_finite_is_not_judged(tmp_path):
     assert result["verdicts"]["validation"] == "not judged: a loss is not finite"
     assert result["sparse"]["validation_loss"] is None
     json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_loss_that_looks_ahead_is_not_ranked(tmp_path):
+    """Against a dense twin, which does not: no verdict and no speedup, and the report says why."""
+    ahead = config(model__router=choice("expert_choice"), model__capacity_factor=1.0)
+    result = compare(ahead, Trainer(falling(sparse=2.0)), str(tmp_path), seeds=2)
+    assert set(result["verdicts"].values()) == {"not ranked"}
+    assert [result[f"{name}_speedup"] for name in ("step", "time", "flops")] == [None, None, None]
+    assert (result["dense"]["leak"], result["sparse"]["leak"]) == ("", "experts choose among all tokens of a group")
+    report = (tmp_path / "comparison.md").read_text()
+    assert "not ranked" in report and "experts choose among all tokens" in report
+
+
+def test_places_look_ahead_only_where_they_run_out(tmp_path):
+    for factor, words in ((1.0, {"not ranked"}), (math.inf, {"better"})):
+        two = config(model__router=choice("topk"), model__top_k=2, model__eval_capacity_factor=factor)
+        result = compare(two, Trainer(falling(sparse=2.0, noise=0.01)), str(tmp_path / str(factor)), seeds=3)
+        assert set(result["verdicts"].values()) == words
