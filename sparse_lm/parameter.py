@@ -10,7 +10,9 @@ from sparse_lm.mesh import constrain
 _TRUNCATED = 0.87962566103423978
 
 
-def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, fan_in: int | float, scale: float) -> nnx.Param:
+def matrix(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, fan_in: int | float, scale: float
+) -> nnx.Param:
     """Truncated normal with standard deviation sqrt(scale / fan_in) (Fedus et al. 2021, section 2.4, with scale s)."""
     deviation = (scale / fan_in) ** 0.5
     values = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape) * (deviation / _TRUNCATED)

@@ -13,6 +13,7 @@ from etils import epath
 
 from sparse_lm import config as configs
 from sparse_lm import data
+from sparse_lm.cost.routers import executor, skips_layers
 from sparse_lm.errors import Stopped, UserError, nearest
 from sparse_lm.mesh import make_mesh, sharding
 from sparse_lm.routing import leak
@@ -49,6 +50,10 @@ def train(config: configs.Config, workdir: str, init_from: str = "") -> dict[str
         signal, watchdog = enter(StopSignal()), enter(Watchdog(config.training.watchdog))
         use_compilation_cache(config)
         program = build(config, make_mesh(config.mesh))
+        if config.model.experts and config.model.executor == "auto" and not skips_layers(config.model):
+            on = lambda factor: executor(config.model, program.mesh.devices.flat[0].platform, factor)
+            training, evaluation = on(config.model.capacity_factor), on(config.model.eval_capacity_factor)
+            log.info("experts are computed by %s in training, by %s in evaluation", training, evaluation)
         watchdog.beat("preparing the data")
         with clock.phase("data"):
             corpus = data.prepare(config)

@@ -8,6 +8,7 @@ Prints the median ratio of times with its quartiles, of the product alone and of
 """
 
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +81,8 @@ def sides(tokens: int, experts: int, d: int, f: int, sizes: np.ndarray, aligned:
             y, backward = jax.vjp(product, x, w)
             return y, backward(g)
 
-        runs[name] = lambda product=jax.jit(product), x=x, w=w: product(x, w)
-        runs[f"{name} gradients"] = lambda both=jax.jit(both), x=x, w=w, g=g: both(x, w, g)
+        runs[name] = partial(jax.jit(product), x, w)
+        runs[f"{name} gradients"] = partial(jax.jit(both), x, w, g)
     return runs
 
 

@@ -45,12 +45,20 @@ def experts_per_token(model: Model) -> float:
     return model.experts * places_per_expert(model) / model.group_size
 
 
-def executor(model: Model) -> str:
-    """The name of the model's executor; of `auto`, what it takes on a CPU in training."""
+def executor(model: Model, platform: str = "cpu", capacity_factor: float | None = None) -> str:
+    """The name of the model's executor; of `auto`, what it takes on a platform, in training unless told otherwise."""
     if model.executor != "auto":
         return model.executor
-    shapes = dict(size=model.group_size, experts=model.experts, top_k=model.top_k, width=model.expert_width)
-    return automatic("cpu", form(model), capacity=places_per_expert(model), **shapes)
+    factor = model.capacity_factor if capacity_factor is None else capacity_factor
+    return automatic(
+        platform,
+        form(model),
+        size=model.group_size,
+        experts=model.experts,
+        top_k=model.top_k,
+        capacity=capacity(model.group_size, model.experts, model.top_k, factor),
+        width=model.expert_width,
+    )
 
 
 def rows(model: Model) -> int:

@@ -59,9 +59,10 @@ def health(statistics: dict[str, Array]) -> dict[str, Array]:
 
     load_max: the largest expert load over the mean, 1 when even; region_load_max: the same within a region of
     `model.balance_over`, mean over the regions; load_cv: standard deviation of the loads over their mean; dead_experts:
-    share of experts with under 1 % of a fair load; dropped: share of the choices beyond capacity or a router's bound; unrouted: share of
-    the tokens that no expert was chosen for; entropy: mean entropy of the softmax of the logits over ln E (1 for one
-    expert); logit_rms: root mean square of the logits; top_probability: mean of the largest entry of that softmax.
+    share of experts with under 1 % of a fair load; dropped: share of the choices beyond capacity or a router's bound;
+    unrouted: share of the tokens that no expert was chosen for; entropy: mean entropy of the softmax of the logits over
+    ln E (1 for one expert); logit_rms: root mean square of the logits; top_probability: mean of the largest entry of
+    that softmax.
     """
     load = statistics["load"]
     experts = load.shape[-1]
