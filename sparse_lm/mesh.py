@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sparse_lm import config as configs
+from sparse_lm.cost.routers import skips_layers
 from sparse_lm.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -73,7 +74,8 @@ def check(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
         checks.insert(-1, ("hidden", "model.ffn_width", model.ffn_width))
     if model.experts:
         groups = batch * config.data.length // model.group_size
-        checks.append(("experts", "model.experts", model.experts))
+        if not skips_layers(model):
+            checks.append(("experts", "model.experts", model.experts))
         checks.append(
             ("groups", "the number of routing groups in a step (rows × data.length / model.group_size)", groups)
         )

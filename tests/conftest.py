@@ -1,12 +1,49 @@
 """While tests run, the shapes in signatures are enforced, and programs are compiled quickly rather than well."""
 
 import os
+import pathlib
+import shutil
+import subprocess
+import venv
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes nearly all the time of tests this small; processes that tests start inherit this.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 CHECKED = ("mesh", "parameter", "registry", "routing", "experts", "models", "training", "serving", "kernels")
 install_import_hook([f"sparse_lm.{name}" for name in CHECKED], "beartype.beartype")
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOR_TPU = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here uses a TPU that another process could hold
+}
+
+
+@pytest.fixture(scope="session")
+def tpu_compiler(tmp_path_factory):
+    """Runs a script where libtpu is installed, in an environment of its own, and returns what it prints."""
+    import jax
+
+    folder = tmp_path_factory.mktemp("tpu")
+    venv.create(folder / "venv", with_pip=True)
+    python = folder / "venv/bin/python"
+    shutil.copytree(ROOT / "sparse_lm", folder / "source/sparse_lm")
+    for name in ("setup.py", "README.md"):
+        shutil.copy(ROOT / name, folder / "source")
+    packages = [folder / "source", f"jax=={jax.__version__}", "libtpu"]
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-compile", *packages], check=True)
+
+    def run(script: str, *arguments: str) -> str:
+        command = [python, "-c", script, *arguments]
+        done = subprocess.run(command, cwd=folder, env=os.environ | FOR_TPU, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

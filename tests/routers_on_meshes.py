@@ -1,10 +1,11 @@
 """Run by test_mesh.py in a process with eight CPU devices: steps of a tiny model with every router, executor and mesh.
 
 Balance is over the whole batch, and nothing overflows a buffer: then all of them are to agree with one device. Prints
-the largest differences as one line of JSON.
+the largest differences as one line of JSON. Arguments: names of routers, all of them without.
 """
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ PADDING = (0, 3, 7, 1, 2, 0, 5, 12)
 
 def main() -> None:
     found = {}
-    for name in ROUTERS:
+    for name in sys.argv[1:] or ROUTERS:
         of_model = vars(table.config(name, balance_over="batch", kv_heads=4).model)
         fields = {f"model__{field}": value for field, value in of_model.items() if not field.startswith("_")}
         one = run(fields, "auto", {"data": 1}, 1)

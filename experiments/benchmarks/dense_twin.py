@@ -12,7 +12,6 @@ import dataclasses
 import sys
 
 import jax
-import numpy as np
 from absl import flags
 
 from experiments.benchmarks.alternate import alternate, machine, ratio, share
@@ -22,6 +21,7 @@ from sparse_lm.cost.flops import flops
 from sparse_lm.cost.info import table
 from sparse_lm.cost.twin import twin
 from sparse_lm.mesh import make_mesh
+from sparse_lm.profile.measure import random_batch
 from sparse_lm.training.build import build
 from sparse_lm.training.loss import loss
 
@@ -72,8 +72,7 @@ def measure(sparse: Config, executors: list[str], rounds: int) -> list[tuple[str
 def runs(config: Config):
     """(a training step, loss and gradients alone), on random tokens."""
     program = build(config, make_mesh(config.mesh))
-    batch = random_batch(config)
-    batch = {k: jax.device_put(v, program.abstract_batch[k].sharding) for k, v in batch.items()}
+    batch = random_batch(program)
     held = [program.init()]
 
     def step():
@@ -88,19 +87,6 @@ def runs(config: Config):
             return differentiate(held[0].parameters, program.functional, held[0].router, batch, factor, key)
 
     return step, gradients
-
-
-def random_batch(config: Config) -> dict[str, np.ndarray]:
-    rows, length = config.training.batch, config.data.length
-    ids = np.random.default_rng(0).integers(0, config.model.vocabulary, (rows, length + 1), dtype=np.int32)
-    ones = np.ones((rows, length), np.int32)
-    return {
-        "inputs": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "segments": ones,
-        "positions": ones * np.arange(length, dtype=np.int32),
-        "bytes": np.full(rows, length, np.int32),
-    }
 
 
 if __name__ == "__main__":

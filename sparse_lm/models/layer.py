@@ -59,9 +59,7 @@ class ExpertLayer(nnx.Module):
     """
 
     def __init__(self, model: configs.Model, rngs: nnx.Rngs):
-        self.experts = FeedForward(
-            model, model.expert_width, rngs, experts=model.experts, dropout=model.expert_dropout
-        )
+        self.experts = FeedForward(model, model.expert_width, rngs, experts=model.experts, dropout=model.expert_dropout)
         self.router = create("model.router", ROUTERS, model.router, model, rngs)
         self.executor = model.executor
         _check_executor(model, self.router)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,8 +111,8 @@ def _stepper(built: Build, compiled: Callable) -> Callable[[], float]:
     return step
 
 
-def random_batch(built: Build) -> dict[str, jax.Array]:
-    """Full rows of random tokens, one document each."""
+def random_batch(built: Build) -> dict[str, Any]:
+    """A step's batch: full rows of random tokens, one document each."""
     config = built.config
     rows, length = config.training.batch, config.data.length
     ids = np.random.default_rng(config.training.seed).integers(0, config.model.vocabulary, (rows, length + 1))
@@ -122,7 +123,8 @@ def random_batch(built: Build) -> dict[str, jax.Array]:
         "positions": np.tile(np.arange(length), (rows, 1)),
         "bytes": np.full(rows, length),
     }
-    return {k: jax.device_put(v.astype(np.int32), built.abstract_batch[k].sharding) for k, v in batch.items()}
+    placed = {k: jax.device_put(v.astype(np.int32), built.abstract_batch[k].sharding) for k, v in batch.items()}
+    return {name: placed.get(name, placed) for name in built.abstract_batch}  # the same again for `AHEAD`
 
 
 def measured(devices: int) -> Machine:

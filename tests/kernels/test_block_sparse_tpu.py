@@ -1,22 +1,8 @@
 """The Pallas kernels of block-sparse products, compiled for real TPU targets by the TPU compiler, without a TPU."""
 
-import os
-import pathlib
-import subprocess
-import venv
-
-import jax
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
 TARGETS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here uses a TPU that another process could hold
-}
 COMPILE = """
 import sys, jax, jax.numpy as jnp
 from jax.experimental import topologies
@@ -42,17 +28,9 @@ for target in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_the_tpu_compiler_takes_the_kernels(tmp_path):
-    """In an environment of its own with libtpu: forward and both gradients, one kernel each."""
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv/bin/python"
-    packages = [f"jax=={jax.__version__}", "libtpu", "jaxtyping", "ml_collections"]
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-compile", *packages], check=True)
-    done = subprocess.run(
-        [python, "-c", COMPILE, *TARGETS], cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_tpu_compiler_takes_the_kernels(tpu_compiler):
+    """Forward and both gradients, one kernel each."""
     cases = [
         (target, dtype, b) for target in TARGETS for dtype in ("bfloat16", "float32") for b in ("128", "256", "128")
     ]
-    assert done.stdout.splitlines() == [f"{target} {dtype} {b} 3" for target, dtype, b in cases]
+    assert tpu_compiler(COMPILE, *TARGETS).splitlines() == [f"{target} {dtype} {b} 3" for target, dtype, b in cases]

@@ -10,7 +10,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from sparse_lm import config as configs
@@ -20,7 +19,7 @@ from sparse_lm.errors import UserError
 from sparse_lm.mesh import make_mesh, sharding
 from sparse_lm.training import anticipation
 from sparse_lm.training.build import build
-from sparse_lm.training.loss import loss, packed_context
+from sparse_lm.training.loss import packed_context
 from sparse_lm.training.run_folder import read_rows
 from tests import tiny
 
@@ -40,7 +39,7 @@ MODELS = {
         "model__router": configs.choice("mixture_of_depths"),
     },
 }
-FAST = {"optimizer__learning_rate": 0.03, "optimizer__warmup_steps": 0}
+FAST = {"model__expert_every": 1, "optimizer__learning_rate": 0.03, "optimizer__warmup_steps": 0}
 
 
 def built(name, ahead=AHEAD, **fields):
@@ -134,34 +133,18 @@ def test_while_on_experts_are_chosen_by_the_parameters_of_some_steps_before(name
         found = trained(name)[step][2]["chosen"]
         np.testing.assert_array_equal(found, chosen(name, step - AHEAD if used else step, step))
         changed += used and (found != chosen(name, step, step)).any()
-    assert changed == ON - AHEAD
+    assert changed  # some of these steps would choose otherwise by themselves
 
 
-def test_features_and_gradients_are_of_the_parameters_of_the_step():
+def test_all_but_the_choice_is_of_the_parameters_of_the_step():
+    """It is the step, bit for bit, with choices given that the parameters of some steps before make, and no other."""
     name, step = "experts choose", SPIKE + AHEAD + 1
-    program, (state, metrics, _) = built(name), trained(name)[step]
-    differentiate = jax.jit(
-        jax.value_and_grad(
-            lambda p, rows, key, given: loss(p, program.functional, state.router, rows, 1.25, key, given), has_aux=True
-        )
-    )
-    ahead, own, tokens = [], [], 0
-    for (rows, key), early, late in zip(
-        parts(program.config, step), chosen(name, step - AHEAD, step), chosen(name, step, step)
-    ):
-        rows = jax.tree.map(jnp.asarray, rows)
-        ahead.append(differentiate(state.parameters, rows, key, early))
-        own.append(differentiate(state.parameters, rows, key, late))
-        tokens += (rows["segments"] > 0).sum()
-
-    def figures(of_parts):
-        gradient = jax.tree.map(lambda *parts: sum(parts) / tokens, *(gradient for _, gradient in of_parts))
-        cross_entropy = sum(seen["sums"]["cross_entropy"] for (_, seen), _ in of_parts) / tokens
-        return [float(optax.tree.norm(gradient)), float(cross_entropy)]
-
-    found = [metrics["grad_norm"], metrics["cross_entropy"]]
-    np.testing.assert_allclose(found, figures(ahead), rtol=2e-5)
-    assert not np.allclose(found, figures(own), rtol=1e-3)
+    program, (state, metrics, seen) = built(name), trained(name)[step]
+    given = lambda by: program.record(state, batch(program.config, step), jnp.asarray(chosen(name, by, step)))
+    after, *found = given(step - AHEAD)
+    tiny.equal(found, [metrics, seen])
+    tiny.equal(after, trained(name)[step + 1][0])
+    assert not np.allclose(given(step)[1]["grad_norm"], metrics["grad_norm"], rtol=1e-3)
 
 
 def test_parameters_that_stay_choose_ahead_what_they_would_choose():
@@ -176,13 +159,6 @@ def test_parameters_that_stay_choose_ahead_what_they_would_choose():
         assert metrics.pop("anticipating") and not expected.pop("anticipating")
         tiny.equal((metrics, seen), (expected, own))
         state = after._replace(parameters=begin.parameters, optimizer=begin.optimizer, router=begin.router)
-
-
-def test_a_recorded_step_of_it_is_replayed_bit_for_bit():
-    program, step = built("experts choose"), SPIKE + AHEAD + 1
-    state, metrics, seen = trained("experts choose")[step]
-    _, again, seen_again = program.record(state, batch(program.config, step), seen["chosen"])
-    tiny.equal((again, seen_again), (metrics, seen))
 
 
 def test_a_spike_is_a_loss_above_the_running_mean_or_not_finite():
@@ -234,6 +210,7 @@ def text_config(tmp_path):
         made = tiny.config(
             **MODELS["experts choose"],
             model__vocabulary=300,
+            model__expert_every=1,
             data__sources=(f"folder:{tmp_path}/text",),
             training__anticipation=Anticipation(ahead=2, spike=0.2, steps=4),
             evaluation__every=100,
