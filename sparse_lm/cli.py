@@ -94,6 +94,8 @@ def _train(options: flags.FlagValues) -> None:
         return
     for split, measured in summary["evaluation"].items():
         print(f"{split}: loss {measured['loss']:.4f} nats per token, {measured['bits_per_byte']:.4f} bits per byte")
+        if not measured["causal"]:
+            _warn(f"{split}: the routing looks ahead; this loss is not that of a causal language model")
     print(
         f"{summary['steps']} steps, {summary['tokens']} tokens, {summary['seconds']:.0f} s of training "
         f"({summary['tokens_per_second']:.0f} tokens per second), goodput {summary['goodput']:.0%}; in {workdir}"
@@ -107,7 +109,7 @@ def _evaluate(options: flags.FlagValues) -> None:
     if _primary():
         print(json.dumps(measured, indent=2))
         if measured["leak"]:
-            _warn(f"this loss is not that of a causal language model, and too low: {measured['leak']}")
+            _warn(f"this loss is not that of a causal language model: {measured['leak']}")
 
 
 def _compare(options: flags.FlagValues, runs: list[str]) -> None:

@@ -79,7 +79,7 @@ class Model(Node):
     shared_experts: int = 0  # experts' widths of one dense layer beside the experts, which every token passes
     balance_over: str = "group"  # region in which routers balance the load: group, device, batch (a microbatch)
     executor: str = "auto"  # how the experts are computed: auto, einsum, gather, grouped
-    exchange_buffer: float = math.inf  # rows that grouped makes room for on a device, over an even share; inf: for all
+    exchange_buffer: float = math.inf  # rows grouped has room for on a device in training, over an even share; inf: all
     capacity_factor: float = 1.25  # places per expert in training, over an even share; inf: nothing is dropped
     eval_capacity_factor: float = math.inf  # the same in evaluation, where both are measured
     group_size: int = 0  # S, tokens that compete for the same places; 0: one row of data.length

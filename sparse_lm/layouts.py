@@ -5,6 +5,7 @@ Every pattern keeps exactly round(density · rows · columns) blocks, gives each
 because equal counts make the product fast, and leaves no row or column without a block.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,4 +186,9 @@ def layout(choice: Choice, width_in: int, width_out: int, what: str) -> Layout:
             f"{at}.density is {density}, {count} of {rows} × {columns} blocks of {block}, which leaves a row or column "
             f"without any; it must be at least {math.ceil(1e4 / min(rows, columns)) / 1e4}"
         )
-    return from_mask(pattern.mask(rows, columns), block)
+    return _built(pattern, rows, columns)
+
+
+@functools.cache
+def _built(pattern: Pattern, rows: int, columns: int) -> Layout:
+    return from_mask(pattern.mask(rows, columns), pattern.block)

@@ -13,7 +13,7 @@ from etils import epath
 
 from sparse_lm import config as configs
 from sparse_lm import data
-from sparse_lm.cost.routers import executor, skips_layers
+from sparse_lm.cost.routers import executor, form, skips_layers
 from sparse_lm.errors import Stopped, UserError, nearest
 from sparse_lm.mesh import make_mesh, sharding
 from sparse_lm.routing import leak
@@ -158,6 +158,11 @@ def load(workdir: str, step: int | None = None, capacity_factor: float | None = 
     """
     config = read_config(workdir)
     if capacity_factor is not None:
+        if form(config.model) != "token":
+            raise UserError(
+                f"--capacity-factor is {capacity_factor}; the router {config.model.router.name!r} is evaluated with "
+                "the places that it was trained with"
+            )
         model = dataclasses.replace(config.model, eval_capacity_factor=capacity_factor)
         config = configs.resolve(dataclasses.replace(config, model=model))
     program = build_here(config)

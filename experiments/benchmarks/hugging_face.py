@@ -8,6 +8,10 @@ AdamW (PyTorch's is the fused one), in float32, with untied embeddings and a bal
 runs the fastest of its implementations of experts, which is measured first, and drops nothing; what sparse_lm drops is
 printed.
 
+On a busy machine --cores=1 --clock=cpu compares the processor time of one core, which neighbours disturb little.
+--keep-memory tells the C library not to give memory back to the system between a step's allocations and the next's,
+which costs up to a third of a step.
+
 Prints for each shape the median ratio with its quartiles, and the share of the machine's matrix-product speed (the
 faster side's in each round) at which each side does the model FLOPs of `sparse_lm.cost.flops`.
 """
@@ -29,6 +33,8 @@ IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 PRODUCT = 1024  # the machine's speed is that of products of matrices of this size, in float32
 LEARNING_RATE, DECAY, CLIP, BALANCE = 1e-3, 0.1, 1.0, 0.01
 
+KEEP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -39,6 +45,8 @@ def main() -> None:
     parser.add_argument("--executor", default="auto")
     parser.add_argument("--capacity-factor", type=float, default=math.inf)
     parser.add_argument("--group-size", type=int, default=0, help="tokens in a routing group; 0: a row")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--keep-memory", choices=["none", "ours", "both"], default="none")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
@@ -81,7 +89,10 @@ class Side:
 
     def __init__(self, python: str, side: str, setup: dict):
         command = [python, os.path.abspath(__file__), f"--side={side}"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        keep = setup["keep_memory"] in (["ours", "both"] if side == "jax" else ["both"])
+        environment = os.environ | (KEEP if keep else {})
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         self.programs = self._ask(setup)
         self.value = None  # what the program gave that ran last
 
@@ -112,13 +123,14 @@ def serve(make) -> None:
     reply = lambda value: print(json.dumps(value), file=replies, flush=True)
     setup = json.loads(sys.stdin.readline())
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: setup["cores"]])
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[setup["clock"]]
     programs = make(setup)
     reply(list(programs))
     for line in sys.stdin:
         request = json.loads(line)
-        start = time.perf_counter()
+        start = clock()
         value = programs[request["program"]](request["times"])
-        reply((time.perf_counter() - start, value))
+        reply((clock() - start, value))
 
 
 def token_ids() -> np.ndarray:

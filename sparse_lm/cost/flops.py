@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from sparse_lm.config import Config, Model
 from sparse_lm.cost.arrays import of_blocks
 from sparse_lm.cost.elementwise import layer_elements, optimizer_flops, outer_elements
-from sparse_lm.cost.routers import executor, experts_per_token, router_arrays, rows, skips_layers
+from sparse_lm.cost.routers import executor, experts_per_token, form, router_arrays, rows, skips_layers
 from sparse_lm.registry import lookup
 
 
@@ -131,6 +131,10 @@ def _einsum(model: Model, layer: int, places: int) -> Iterator[Part]:
     """Dispatch has one gradient, the 0s and 1s of its mask having none; combine has two."""
     contract, masks = 2 * places * model.width, 2 * model.top_k * places
     again = model.remat != "none"  # combine is the last product of a period
+    if form(model) == "slots":  # mixtures are the mathematics itself, and both have a gradient
+        yield _product(layer, "dispatch", contract, again=again)
+        yield _product(layer, "combine", contract)
+        return
     yield Part(layer, "dispatch", 0.0, contract + masks, contract, again * (contract + 2 * masks))
     yield Part(layer, "combine", 0.0, contract + masks, 2 * contract + masks)
 

@@ -6,7 +6,7 @@ import math
 from sparse_lm.config import Config, Model, choice, resolve
 from sparse_lm.cost.arrays import of_blocks
 from sparse_lm.cost.flops import flops
-from sparse_lm.cost.routers import experts_per_token, skips_layers
+from sparse_lm.cost.routers import experts_per_token, form, rows, skips_layers
 from sparse_lm.errors import UserError
 
 
@@ -15,8 +15,10 @@ def twin(config: Config) -> Config:
 
     A token passes K experts of width F, and shared ones, so the dense layer has the width of all of them; everything
     else (data, optimizer, seed, initialisation) stays. The twins' model FLOPs differ by the router's alone, but for
-    rounding where experts choose tokens. Where matrices are made of blocks, the dense ones have as many numbers. Of
-    layers that tokens skip the twin has none; those that are left are wider. Raises `UserError` for a dense config.
+    rounding where experts choose tokens or work on mixtures. Where matrices are made of blocks, the dense ones have as
+    many numbers. Of layers that tokens skip the twin has none; those that are left are wider.
+
+    Raises `UserError` for a dense config.
     """
     config = resolve(config)
     model = config.model
@@ -30,8 +32,10 @@ def twin(config: Config) -> Config:
     elif skips_layers(model):
         dense = _without_skipped_layers(model, config.data.length)
     else:
-        width = round((experts_per_token(model) + model.shared_experts) * model.expert_width)
-        dense = dataclasses.replace(model, experts=0, top_k=1, shared_experts=0, expert_width=width)
+        width = (experts_per_token(model) + model.shared_experts) * model.expert_width
+        if form(model) == "slots":  # into each slot and out of it
+            width += 2 * rows(model) / (3 if model.gated else 2)
+        dense = dataclasses.replace(model, experts=0, top_k=1, shared_experts=0, expert_width=round(width))
     return resolve(dataclasses.replace(config, model=dense, name=f"{config.name}-dense"))
 
 

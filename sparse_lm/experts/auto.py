@@ -23,7 +23,7 @@ def run(
         FORMS[type(choice)],
         size=x.shape[1],
         experts=count,
-        top_k=choice.expert.shape[2] if isinstance(choice, TokenChoice) else 1,
+        top_k=experts.passed,
         capacity=capacity,
         width=width,
     )

@@ -17,7 +17,8 @@ class Experts(NamedTuple):
 
     weights: by name, each [E, inputs, outputs], in the dtype of the computation. axes: the names of their axes.
     layer: (x, product, key) -> y of x's shape, where product(x, name) multiplies x with the weights of that name, each
-    row with those of its expert. key: for dropout in training. buffer: see `model.exchange_buffer`.
+    row with those of its expert. key: for dropout in training. buffer: see `model.exchange_buffer`. passed: how many of
+    them a token passes on average.
     """
 
     weights: dict[str, Float[Array, "E _ _"]]
@@ -25,6 +26,7 @@ class Experts(NamedTuple):
     layer: Callable
     key: jax.Array | None = None
     buffer: float = math.inf
+    passed: int = 1
 
 
 class Executor(NamedTuple):

@@ -9,7 +9,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from sparse_lm import config as configs
-from sparse_lm.errors import UserError
 from sparse_lm.models.attention import Cache
 from sparse_lm.models.layer import Aux, Context, Layer
 from sparse_lm.registry import create
@@ -32,7 +31,6 @@ class SkippedLayer(nnx.Module):
     def __init__(self, model: configs.Model, rngs: nnx.Rngs):
         self.router = create("model.router", ROUTERS, model.router, model, rngs)
         self.layer = Layer(dataclasses.replace(model, experts=0), True, rngs)
-        self.group_size = model.group_size
 
     def init_cache(self, rows: int, positions: int) -> SparseCache:
         stored = self.layer.init_cache(rows, positions)
@@ -49,11 +47,6 @@ class SkippedLayer(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], tuple[Aux, SparseCache | None]]:
         if cache is not None:
             return self._alone(x, context, state, cache)
-        if self.group_size != x.shape[1]:
-            raise UserError(
-                f"model.group_size is {self.group_size}; the router 'mixture_of_depths' chooses among the "
-                f"{x.shape[1]} tokens of a row, so it must be 0"
-            )
         route_key, layer_key = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("router"):
             inputs = (x, context.ids, context.valid, state, route_key)

@@ -1,5 +1,6 @@
 """One layer of a decoder: attention, then a feed-forward layer or a mixture of experts. Returns (x, aux)."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from sparse_lm.models.attention import Attention, Cache
 from sparse_lm.models.feed_forward import DENSE, FeedForward, dropout
 from sparse_lm.parameter import ones
 from sparse_lm.registry import create, lookup
-from sparse_lm.routing import ROUTERS, Given, Router, chosen, taken
+from sparse_lm.routing import ROUTERS, Given, Router, TokenChoice, chosen, taken
 
 
 class Context(NamedTuple):
@@ -87,7 +88,10 @@ class ExpertLayer(nnx.Module):
                 given = taken(given, lambda: self.router.route(*inputs, route_key))
                 routing = self.router.route(*inputs, route_key, given)
         capacity = configs.capacity(size, model.experts, model.top_k, context.capacity_factor)
-        experts = Experts(*self.experts.weights(x.dtype), self.experts.layer, drop_key, model.exchange_buffer)
+        # Outside training nothing may overflow: what is lost depends on later tokens and on other rows.
+        buffer = math.inf if key is None else model.exchange_buffer
+        passed = model.top_k if self.router.form is TokenChoice else model.experts
+        experts = Experts(*self.experts.weights(x.dtype), self.experts.layer, drop_key, buffer, passed)
         y, dropped = EXECUTORS[self.executor].run(inputs[0], routing.choice, experts, capacity)
         y = constrain(y.reshape(x.shape), "batch", None, None)
         if self.shared is not None:

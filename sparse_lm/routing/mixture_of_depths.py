@@ -41,6 +41,11 @@ class MixtureOfDepths(LearnedRouter):
                 f"model.capacity_factor is {model.capacity_factor}; with the router 'mixture_of_depths' it is the "
                 "share of the tokens that pass a layer, at most 1, 0.125 say"
             )
+        if model.shared_experts or model.executor != "auto":
+            raise UserError(
+                f"model.shared_experts is {model.shared_experts} and model.executor {model.executor!r}; the router "
+                "'mixture_of_depths' has no experts to execute: they must be 0 and 'auto'"
+            )
         super().__init__(model, rngs)
         self.share, self.predictor_loss = model.capacity_factor, predictor_loss
 

@@ -11,7 +11,7 @@ from sparse_lm import config as configs
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.losses import by_region
-from sparse_lm.routing.router import LearnedRouter, at, kernel, scores, token_choice, top
+from sparse_lm.routing.router import LearnedRouter, at, kernel, largest, scores, token_choice, top
 
 
 class NoisyTopK(LearnedRouter):
@@ -59,7 +59,7 @@ def chance(
     """The probability that an expert is among the k chosen if its noise alone is drawn again (equations 8 and 9)."""
     if k == clean.shape[-1]:
         return jnp.ones_like(clean)
-    highest = jax.lax.top_k(noisy, k + 1)[0]
+    highest = largest(noisy, k + 1)[0]
     kth, after = highest[..., -2:-1], highest[..., -1:]
     kth_excluding = jnp.where(noisy > after, after, kth)
     return jax.scipy.special.ndtr((clean - kth_excluding) / spread)

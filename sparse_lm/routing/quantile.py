@@ -13,7 +13,7 @@ from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
-from sparse_lm.routing.router import LearnedRouter, at, token_choice
+from sparse_lm.routing.router import LearnedRouter, at, largest, token_choice
 
 
 class Quantile(LearnedRouter):
@@ -65,13 +65,13 @@ class Quantile(LearnedRouter):
         log_scores = jax.nn.log_sigmoid(logits)
         scores = jax.lax.stop_gradient(jnp.exp(log_scores))
         # With k = E there is no cutoff, every expert is chosen anyway.
-        largest, index = jax.lax.top_k(scores + state["bias"], min(self.top_k + 1, self.experts))
+        cutoffs, index = largest(scores + state["bias"], min(self.top_k + 1, self.experts))
         expert = index[..., : self.top_k] if given is None else given
         chosen = at(log_scores, expert)
         weight = jax.nn.softmax(chosen) if self.normalize else jnp.exp(chosen)
         choice = token_choice(expert, self.scale * weight, valid)
         low, width = self._grid(state["bias"])
-        bin = jnp.clip((largest[..., -1:] - scores - low) / width, 0, self.bins - 1).astype(jnp.int32)
+        bin = jnp.clip((cutoffs[..., -1:] - scores - low) / width, 0, self.bins - 1).astype(jnp.int32)
         one = valid[..., None].astype(jnp.float32)
         counts = jnp.zeros((self.experts, self.bins)).at[jnp.arange(self.experts), bin].add(one)
         return Routing(choice, {}, measure(logits, choice, valid, self.over) | {"needed_bias": counts})

@@ -102,7 +102,12 @@ def jittered(x: Float[Array, "G S D"], jitter: float, key: jax.Array | None) -> 
 
 def top(scores: Float[Array, "G S E"], k: int, given: Int[Array, "G S K"] | None) -> Int[Array, "G S K"]:
     """The k experts of the largest scores, the largest first and of equal ones the first; or the experts given."""
-    return jax.lax.top_k(scores, k)[1] if given is None else given
+    return largest(scores, k)[1] if given is None else given
+
+
+def largest(scores: Float[Array, "*N E"], k: int) -> tuple[Float[Array, "*N K"], Int[Array, "*N K"]]:
+    """The k largest scores, and where they are. With slices of them fused in, XLA would sort all E on a CPU."""
+    return jax.lax.optimization_barrier(tuple(jax.lax.top_k(scores, k)))
 
 
 def at(values: Float[Array, "G S E"], expert: Int[Array, "G S K"]) -> Float[Array, "G S K"]:

@@ -124,7 +124,7 @@ def _speedups(result: Comparison, mark: str = "") -> list[str]:
 
 def _not_ranked(result: Comparison) -> str:
     looks = [f"in the {side} model {result[side]['leak']}" for side in result["sides"] if result[side]["leak"]]
-    return f"since losses that look ahead are too low: {', and '.join(looks)}"
+    return f"since a loss that looks ahead is not that of a causal language model: {', and '.join(looks)}"
 
 
 def _times(value: float) -> str:

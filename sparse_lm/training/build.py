@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparse_lm import config as configs
 from sparse_lm.cost.arrays import of_blocks
+from sparse_lm.cost.routers import skips_layers
+from sparse_lm.errors import UserError
 from sparse_lm.kernels.block_sparse_tpu import check_tpu_block
 from sparse_lm.mesh import check, sharding
 from sparse_lm.models import Functional, functional
@@ -60,6 +62,11 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
     if config.model.layout.name != "dense" and mesh.devices.flat[0].platform == "tpu":
         check_tpu_block(of_blocks(config.model, config.model.layers - 1)[0][1], "model.layout.options.block")
     model, training = config.model, config.training
+    if skips_layers(model) and model.group_size != config.data.length:
+        raise UserError(
+            f"model.group_size is {model.group_size}; the router 'mixture_of_depths' chooses among the "
+            f"{config.data.length} tokens of a row, so it must be 0"
+        )
     fns = functional(model)
     optimizer = make_optimizer(config, fns.axes)
     learning_rate = schedule(config)

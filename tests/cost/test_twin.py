@@ -22,6 +22,15 @@ def test_nothing_else_differs():
     assert set(config_differences(cost.twin(config), config)) == {"model.experts", "model.top_k", "model.expert_width"}
 
 
+def test_mixing_tokens_into_slots_is_paid_for():
+    """Each token enters and leaves every slot: 2 · 2 · slots · width FLOPs forward."""
+    config = make(experts=8, router=configs.choice("soft"), capacity_factor=1.0)
+    model, twin = config.model, cost.twin(config)
+    assert twin.model.expert_width == model.expert_width + model.group_size
+    sparse, dense = (cost.flops(c.model, c.data.length) for c in (config, twin))
+    assert sparse.training - sparse.router == dense.training
+
+
 def test_a_dense_config_has_no_twin():
     with pytest.raises(UserError, match="model.experts is 0"):
         cost.twin(make())

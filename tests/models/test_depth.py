@@ -11,10 +11,12 @@ from flax import nnx
 from sparse_lm import config as configs
 from sparse_lm import cost
 from sparse_lm.errors import UserError
+from sparse_lm.mesh import make_mesh
 from sparse_lm.models import functional
 from sparse_lm.models.depth import SkippedLayer
 from sparse_lm.models.layer import Context
 from sparse_lm.serving.generate import cached_logits
+from sparse_lm.training.build import build
 from tests import tiny
 
 ROWS, LENGTH, D, C = 3, 16, 16, 4
@@ -108,14 +110,14 @@ def test_the_twin_has_the_layers_that_every_token_passes_at_equal_flops():
         ({"model__experts": 4}, "model.experts is 4 .* has 1 layer to send tokens to"),
         ({"model__capacity_factor": 1.25}, "model.capacity_factor is 1.25; .* at most 1"),
         ({"model__group_size": 8}, "model.group_size is 8; .* must be 0"),
+        ({"model__shared_experts": 1}, "model.shared_experts is 1"),
+        ({"model__executor": "grouped"}, "model.executor 'grouped'"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, words):
     config = tiny.config(**DEPTH | fields)
     with pytest.raises(UserError, match=words):
-        fns = functional(config.model)
-        batch = context(np.ones((ROWS, LENGTH), bool))
-        jax.eval_shape(lambda p: fns.apply(p, batch.ids, batch, {}), jax.eval_shape(fns.init, jax.random.key(0)))
+        build(config, make_mesh(config.mesh, jax.devices()[:1]))
 
 
 def test_a_twin_needs_layers_that_every_token_passes():

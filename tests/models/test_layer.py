@@ -1,5 +1,7 @@
 """The expert layer as a whole: route, place, compute, combine; values and gradients against the loop."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,6 +89,27 @@ def test_overflow_and_padding_pass_a_layer_by_the_residual_alone(executor):
     assert 0 < kept.sum() < valid.sum()
     np.testing.assert_array_equal(np.asarray(y)[~kept], x[~kept])
     assert (np.asarray(y) != x).any(axis=-1)[kept].all()
+
+
+def test_what_overflows_a_buffer_in_training_is_kept_outside_it():
+    """On one device nothing overflows; that the buffer is one of training alone is what is asked."""
+    model = tiny.config(model__experts=E, model__exchange_buffer=1.0, training__batch=ROWS).model
+    asked = []
+
+    def executor(x, choice, experts, capacity):
+        asked.append(experts.buffer)
+        return x, jnp.zeros(())
+
+    made = ExpertLayer(model, nnx.Rngs(params=0))
+    x, valid = jnp.ones((ROWS, LENGTH, D)), np.ones((ROWS, LENGTH), bool)
+    original = EXECUTORS["auto"]
+    EXECUTORS["auto"] = original._replace(run=executor)
+    try:
+        for key in (None, jax.random.key(0)):
+            made(x, context(valid, math.inf), {}, key, None)
+    finally:
+        EXECUTORS["auto"] = original
+    assert asked == [math.inf, 1.0]
 
 
 def test_rms_norm():
