@@ -1,6 +1,6 @@
 """A block-sparse matrix product over the dense one at densities 1/2 … 1/16: forward and both gradients, on CPU.
 
-    python experiments/benchmarks/block_sparse.py [--tokens=1024] [--width=2048] [--hidden=8192] [--block=128]
+    python -m experiments.benchmarks.block_sparse [--tokens=1024] [--width=2048] [--hidden=8192] [--block=128]
         [--layout=small_world] [--rounds=15]
 
 For x [tokens, width] by [width, hidden] and for the way back, [tokens, hidden] by [hidden, width], all in float32,

@@ -1,6 +1,6 @@
 """Training tokens per second beside Hugging Face transformers' Mixtral, on the same cores.
 
-    python experiments/benchmarks/hugging_face.py --torch-python=PATH [--rounds=20] [--executor=auto] [--only=0,1]
+    python -m experiments.benchmarks.hugging_face --torch-python=PATH [--rounds=20] [--executor=auto] [--only=0,1]
 
 PATH is a Python with torch and transformers. Each side has a process of its own, since their pools of threads would
 disturb each other in one; they take turns, and the other sleeps. A step is forward pass, backward pass, clipping and

@@ -67,7 +67,7 @@ def test_values_and_gradients_are_those_of_the_loop(executor, top_k, places, gat
 def test_a_token_without_a_place_has_output_zero_and_the_others_what_they_had(executor):
     x, _, expert, weight, weights = case(1, False, crowded=True)
     choice = TokenChoice(jnp.asarray(expert), jnp.asarray(weight, jnp.float32))
-    weights = jax.tree.map(lambda w: w.astype(np.float32), weights)
+    weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), weights)
     apply = lambda x, places: EXECUTORS[executor].run(x, choice, experts(weights, "gelu"), places)[0]
     run = jax.jit(apply, static_argnums=1)
     few, all_of_them = np.asarray(run(x.astype(np.float32), 2)), np.asarray(run(x.astype(np.float32), S))

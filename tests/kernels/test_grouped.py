@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from sparse_lm.kernels import alignment, grouped, grouped_cpu, grouped_matmul, grouped_outer, grouped_tpu
 
+ROOT = pathlib.Path(__file__).parents[2]
 TARGETS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 SIZES = {
