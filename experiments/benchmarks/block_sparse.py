@@ -9,20 +9,18 @@ which is 1 where time is proportional to the blocks that exist; and the rate ove
 """
 
 import sys
-import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from experiments.benchmarks.alternate import alternate, machine, ratio, share
 from sparse_lm.config import choice
 from sparse_lm.errors import UserError
 from sparse_lm.kernels.block_sparse import block_sparse_matmul
 from sparse_lm.layouts import layout
 
 DENSITIES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
-SQUARE = 2048
 
 
 def main() -> None:
@@ -43,8 +41,7 @@ def main() -> None:
 
 def compare(values: flags.FlagValues, width_in: int, width_out: int) -> None:
     print(f"x [{values.tokens}, {width_in}] by [{width_in}, {width_out}], {values.layout}, block {values.block}")
-    square = jnp.ones((SQUARE, SQUARE))
-    sides = {"square": jax.jit(lambda: square @ square), "dense": dense(values.tokens, width_in, width_out)}
+    sides = {"machine": machine(), "dense": dense(values.tokens, width_in, width_out)}
     densities = {}
     for density in DENSITIES:
         name, chosen = f"1/{round(1 / density)}", choice(values.layout, density=density, block=values.block)
@@ -55,22 +52,13 @@ def compare(values: flags.FlagValues, width_in: int, width_out: int) -> None:
             continue
         densities[name] = made.count / (made.shape[0] * made.shape[1])
         sides[name] = sparse(values.tokens, made)
-    times = {name: [] for name in sides}
-    for run in sides.values():  # compiles
-        jax.block_until_ready(run())
-    for _ in range(values.rounds):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - start)
-    times = {name: np.array(seconds) for name, seconds in times.items()}
+    times = alternate(sides, values.rounds)
     flops = 6 * values.tokens * width_in * width_out
     for name, density in {"dense": 1.0, **densities}.items():
-        low, middle, high = np.quantile(times[name] / times["dense"], [0.25, 0.5, 0.75])
-        share = np.median(density * flops / times[name] / (2 * SQUARE**3 / times["square"]))
+        over = np.median(times[name] / times["dense"]) / density
         print(
-            f"  {name:>5}: time / dense {middle:.3f} ({low:.3f} to {high:.3f}), over density {middle / density:.2f}, "
-            f"{share:.0%} of the rate of a square product"
+            f"  {name:>5}: time / dense {ratio(times, name, 'dense')}, over density {over:.2f}, "
+            f"{share(times, name, density * flops)} of the rate of a square product"
         )
 
 

@@ -10,6 +10,8 @@ from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.routing.sinkhorn import Sinkhorn, balanced
 from tests import tiny
+from tests.routing import leaning
+from tests.routing.leaning import route
 
 GROUPS, SIZE, D, E = 4, 16, 16, 4
 KEY = jax.random.key(0)
@@ -22,22 +24,7 @@ def router(top_k=1, **options):
     )
 
 
-def tokens(seed=0):
-    """Tokens that lean towards one direction, so that experts are wanted unevenly; the last group is padding."""
-    random = np.random.default_rng(seed)
-    valid = random.random((GROUPS, SIZE)) < 0.7
-    valid[0], valid[-1] = True, False
-    x = random.normal(size=(GROUPS, SIZE, D)) + random.normal(size=D)
-    return x.astype(np.float32), valid
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def run(graph, state, x, valid, key, given):
-    return nnx.merge(graph, state).route(x, jnp.zeros(valid.shape, int), valid, {}, key, given)
-
-
-def route(made, x, valid, key=None, given=None):
-    return run(*nnx.split(made), x, valid, key, given)
+tokens = functools.partial(leaning.tokens, GROUPS, SIZE, D)
 
 
 def scores(made, x):
