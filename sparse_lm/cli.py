@@ -14,6 +14,7 @@ from absl import flags
 from sparse_lm.command_line import define_config
 from sparse_lm.config import resolve
 from sparse_lm.errors import RunFailed, Stopped, UserError, nearest
+from sparse_lm.host_memory import keep_freed_memory
 
 
 def _run_flags(values: flags.FlagValues) -> None:
@@ -323,6 +324,7 @@ def _dispatch(argv: list[str]) -> None:
         raise UserError(said) from error
     if name == "compare" and len(runs) not in (0, 2):
         raise UserError(f"compare takes --config=FILE, or the folders of two runs; {len(runs)} given: {' '.join(runs)}")
+    keep_freed_memory()
     if command.distributed and not runs:
         _initialize(values)
     command.run(values, *([runs] if name == "compare" else []))

@@ -9,8 +9,8 @@ import sparse_lm
 
 ROOT = pathlib.Path(sparse_lm.__file__).parent
 ORDER = (
-    "errors config registry layouts command_line cost mesh parameter data kernels routing experts models training "
-    "serving scaling run replay profile cli __main__"
+    "errors config registry layouts command_line cost host_memory mesh parameter data kernels routing experts models "
+    "training serving scaling run replay profile cli __main__"
 ).split()
 
 

@@ -17,6 +17,7 @@ from absl import flags
 from experiments.benchmarks.alternate import alternate, machine, ratio, share
 from sparse_lm.config import choice
 from sparse_lm.errors import UserError
+from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.kernels.block_sparse import block_sparse_matmul
 from sparse_lm.layouts import layout
 
@@ -24,6 +25,7 @@ DENSITIES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 
 
 def main() -> None:
+    keep_freed_memory()
     values = flags.FlagValues()
     for name, default, what in (
         ("tokens", 1024, "rows of x"),

@@ -5,13 +5,15 @@
 
 Prints for each number of experts, K and executor the median ratio of step times to the dense twin of equal FLOPs per
 token, with quartiles: the whole step, and loss and gradients alone, without the optimizer's time for more parameters;
-and the share of the machine's own matrix-product speed that loss and gradients reach, by the FLOPs that are needed.
+the step's ratio to the fastest executor's, which shows whether `auto` chose right; and the share of the machine's own
+matrix-product speed that loss and gradients reach, by the FLOPs that are needed.
 """
 
 import dataclasses
 import sys
 
 import jax
+import numpy as np
 from absl import flags
 
 from experiments.benchmarks.alternate import alternate, machine, ratio, share
@@ -19,7 +21,9 @@ from sparse_lm.command_line import define_config
 from sparse_lm.config import Config, choice, resolve
 from sparse_lm.cost.flops import flops
 from sparse_lm.cost.info import table
+from sparse_lm.cost.routers import executor
 from sparse_lm.cost.twin import twin
+from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.mesh import make_mesh
 from sparse_lm.profile.measure import random_batch
 from sparse_lm.training.build import build
@@ -27,6 +31,7 @@ from sparse_lm.training.loss import loss
 
 
 def main() -> None:
+    keep_freed_memory()
     values = flags.FlagValues()
     flags.DEFINE_integer("rounds", 20, "turns", flag_values=values)
     flags.DEFINE_list("experts", ["8", "16", "64", "128"], "E", flag_values=values)
@@ -34,7 +39,7 @@ def main() -> None:
     flags.DEFINE_list("executors", ["auto", "einsum", "gather", "grouped"], "", flag_values=values)
     define_config(values, sys.argv)
     values(sys.argv)
-    rows = [("E", "K", "executor", "step", "without optimizer", "of the machine")]
+    rows = [("E", "K", "executor", "step", "over the fastest", "without optimizer", "of the machine")]
     for k in map(int, values.top_k):
         for experts in map(int, values.experts):
             sparse = _with(values.config, experts, k)
@@ -56,12 +61,15 @@ def measure(sparse: Config, executors: list[str], rounds: int) -> list[tuple[str
     steps = alternate({name: step for name, (step, _) in programs.items()}, rounds)
     gradients = alternate({name: run for name, (_, run) in programs.items()} | {"machine": machine()}, rounds)
     needed = sparse.training.batch * sparse.data.length * flops(sparse.model, sparse.data.length).training
+    fastest = min(set(executors) - {"auto"} or executors, key=lambda name: np.median(steps[name]))
+    chosen = executor(sparse.model, jax.default_backend())
     return [
         (
             str(sparse.model.experts),
             str(sparse.model.top_k),
-            name,
+            f"auto: {chosen}" if name == "auto" else name,
             ratio(steps, name, "dense"),
+            f"{np.median(steps[name] / steps[fastest]):.2f}",
             ratio(gradients, name, "dense"),
             share(gradients, name, needed),
         )

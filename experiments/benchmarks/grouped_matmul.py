@@ -17,6 +17,7 @@ from absl import flags
 
 from experiments.benchmarks.alternate import alternate, machine, ratio, share
 from sparse_lm.cost.info import table
+from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.kernels import alignment, grouped_matmul
 
 SHAPES = [
@@ -30,6 +31,7 @@ SHAPES = [
 
 
 def main() -> None:
+    keep_freed_memory()
     values = flags.FlagValues()
     flags.DEFINE_multi_string("shapes", SHAPES, "tokens,E,D,F", flag_values=values)
     flags.DEFINE_integer("rounds", 30, "turns", flag_values=values)

@@ -1,11 +1,14 @@
-"""How the time of an expert layer grows with the experts and with the tokens, at one expert per token.
+"""How the time of a step, and of one expert layer, grows with the experts and with the tokens, at one per token.
 
-    python -m experiments.benchmarks.growth [--experts=8,16,32,64,128,256,512] [--tokens=4096,16384] [--rounds=15]
-        [--width=128] [--expert_width=512] [--executor=auto] [--capacity_factor=1.25]
+    python -m experiments.benchmarks.growth --config=configs/quickstart.py [--experts=8,16,32,64,128,256,512]
+        [--batches=8,32] [--rounds=15] [--config.model.executor=auto]
 
-Prints the median time of the layer forward and backward, without optimizer, over that of the fewest experts, in turns.
+The layer is timed forward and backward, without the optimizer. Prints for each batch the median times over those of the
+fewest experts, all in turns; the layer's time per token over that in the first batch; and the layer's share of the
+machine's matrix-product speed.
 """
 
+import dataclasses
 import sys
 
 import jax
@@ -15,51 +18,53 @@ from absl import flags
 from flax import nnx
 
 from experiments.benchmarks.alternate import alternate, machine, ratio, share
-from sparse_lm import config as configs
+from experiments.benchmarks.dense_twin import runs
+from sparse_lm.command_line import define_config
+from sparse_lm.config import Config, resolve
 from sparse_lm.cost.info import table
+from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.models.layer import Context, ExpertLayer
-
-LENGTH = 128
 
 
 def main() -> None:
+    keep_freed_memory()
     values = flags.FlagValues()
     flags.DEFINE_list("experts", ["8", "16", "32", "64", "128", "256", "512"], "E", flag_values=values)
-    flags.DEFINE_list("tokens", ["4096", "16384"], "in a step", flag_values=values)
+    flags.DEFINE_list("batches", ["8", "32"], "rows in a step", flag_values=values)
     flags.DEFINE_integer("rounds", 15, "turns", flag_values=values)
-    flags.DEFINE_integer("width", 128, "D", flag_values=values)
-    flags.DEFINE_integer("expert_width", 512, "F", flag_values=values)
-    flags.DEFINE_string("executor", "auto", "", flag_values=values)
-    flags.DEFINE_float("capacity_factor", 1.25, "", flag_values=values)
+    define_config(values, sys.argv)
     values(sys.argv)
-    experts = list(map(int, values.experts))
-    rows = [("tokens", "E", f"time over E = {experts[0]}", "of the machine")]
-    for tokens in map(int, values.tokens):
-        layers = {str(count): layer(values, count, tokens) for count in experts}
-        times = alternate(layers | {"machine": machine()}, values.rounds)
-        needed = 3 * tokens * 2 * values.width * (2 * values.expert_width)
-        for name in layers:
-            rows.append((str(tokens), name, ratio(times, name, str(experts[0])), share(times, name, needed)))
+    fewest, first = values.experts[0], None
+    rows = [("tokens", "E", f"step over E = {fewest}'s", f"layer over E = {fewest}'s", "per token", "of the machine")]
+    for batch in map(int, values.batches):
+        timed = {}
+        for count in values.experts:
+            config = _with(values.config, int(count), batch)
+            timed |= {f"{count} step": runs(config)[0], f"{count} layer": layer(config)}
+        times = alternate(timed | {"machine": machine()}, values.rounds)
+        tokens = batch * config.data.length
+        needed = 3 * tokens * 2 * config.model.width * config.model.expert_width * (3 if config.model.gated else 2)
+        per_token = {count: np.median(times[f"{count} layer"]) / tokens for count in values.experts}
+        first = first or per_token
+        for count in values.experts:
+            step, alone = (ratio(times, f"{count} {what}", f"{fewest} {what}") for what in ("step", "layer"))
+            of_machine = share(times, f"{count} layer", needed)
+            rows.append((str(tokens), count, step, alone, f"{per_token[count] / first[count]:.2f}", of_machine))
     print(table(rows))
 
 
-def layer(values: flags.FlagValues, experts: int, tokens: int):
-    config = configs.Config()
-    config.model = configs.Model(
-        width=values.width,
-        ffn_width=values.expert_width,
-        experts=experts,
-        executor=values.executor,
-        capacity_factor=values.capacity_factor,
-    )
-    config.data.length = LENGTH
-    model = configs.resolve(config).model
+def _with(config: Config, experts: int, batch: int) -> Config:
+    model = dataclasses.replace(config.model, experts=experts, top_k=1)
+    return resolve(dataclasses.replace(config, model=model, training=dataclasses.replace(config.training, batch=batch)))
+
+
+def layer(config: Config):
+    """The gradients of an expert layer of the config, by its parameters and its input, compiled."""
+    model, rows = config.model, (config.training.batch, config.data.length)
     graph, state = nnx.split(ExpertLayer(model, nnx.Rngs(params=0)))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(tokens // LENGTH, LENGTH, values.width)), jnp.float32)
-    rows = x.shape[:2]
-    context = Context(
-        jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool), jnp.zeros(rows, jnp.int32), None, values.capacity_factor
-    )
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(*rows, model.width)), jnp.float32)
+    zeros = jnp.zeros(rows, jnp.int32)
+    context = Context(zeros, jnp.ones(rows, bool), zeros, None, model.capacity_factor)
 
     @jax.jit
     def gradients(state, x):

@@ -9,8 +9,8 @@ runs the fastest of its implementations of experts, which is measured first, and
 printed.
 
 On a busy machine --cores=1 --clock=cpu compares the processor time of one core, which neighbours disturb little.
---keep-memory tells the C library not to give memory back to the system between a step's allocations and the next's,
-which costs up to a third of a step.
+sparse_lm keeps the memory that a step frees; --keep-memory has the C library do the same for PyTorch, whose users can
+ask for it by environment variables.
 
 Prints for each shape the median ratio with its quartiles, and the share of the machine's matrix-product speed (the
 faster side's in each round) at which each side does the model FLOPs of `sparse_lm.cost.flops`.
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--capacity-factor", type=float, default=math.inf)
     parser.add_argument("--group-size", type=int, default=0, help="tokens in a routing group; 0: a row")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--keep-memory", choices=["none", "ours", "both"], default="none")
+    parser.add_argument("--keep-memory", action="store_true")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
@@ -89,8 +89,7 @@ class Side:
 
     def __init__(self, python: str, side: str, setup: dict):
         command = [python, os.path.abspath(__file__), f"--side={side}"]
-        keep = setup["keep_memory"] in (["ours", "both"] if side == "jax" else ["both"])
-        environment = os.environ | (KEEP if keep else {})
+        environment = os.environ | (KEEP if setup["keep_memory"] else {})
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         self.programs = self._ask(setup)
@@ -228,9 +227,11 @@ def jax_programs(setup: dict) -> dict:
     import jax
     import jax.numpy as jnp
 
+    from sparse_lm.host_memory import keep_freed_memory
     from sparse_lm.mesh import make_mesh
     from sparse_lm.training.build import build
 
+    keep_freed_memory()
     config = jax_config(setup)
     program = build(config, make_mesh(config.mesh))
     ids = token_ids()

@@ -21,11 +21,13 @@ from experiments.routers import CHOICES
 from sparse_lm.command_line import define_config
 from sparse_lm.config import Config, resolve
 from sparse_lm.cost.info import table
+from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.registry import create
 from sparse_lm.routing import ROUTERS, ExpertChoice, SoftSlots
 
 
 def main() -> None:
+    keep_freed_memory()
     values = flags.FlagValues()
     flags.DEFINE_integer("rounds", 20, "turns", flag_values=values)
     flags.DEFINE_list("routers", list(CHOICES), "", flag_values=values)
