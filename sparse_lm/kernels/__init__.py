@@ -1,4 +1,4 @@
-"""Products that one dense matrix multiplication does not do, each with a plain reference and its gradients."""
+"""Products and their gradients: those that one dense product does not do, and those that a CPU does slowly."""
 
 from sparse_lm.kernels.grouped import alignment as alignment
 from sparse_lm.kernels.grouped import grouped_matmul as grouped_matmul

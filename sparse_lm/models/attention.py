@@ -8,6 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sparse_lm import config as configs
+from sparse_lm.kernels.attention import attend
+from sparse_lm.kernels.linear import linear
 from sparse_lm.mesh import constrain
 from sparse_lm.parameter import matrix, weight
 
@@ -40,7 +42,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """Attends where the mask is True. With a cache and the place to write at, keys and values are written there
         first, the mask covers the cache's T positions, and the new cache is returned; without one, T is L."""
-        project = lambda parameter: jnp.einsum("bld,dhw->blhw", x, weight(parameter, x.dtype))
+        project = lambda parameter: linear(x, weight(parameter, x.dtype))
         query = rotate(project(self.query), positions, self.rope_base)
         key = rotate(project(self.key), positions, self.rope_base)
         value = project(self.value)
@@ -51,8 +53,8 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice_in_dim(stored.value, value, start, axis=1),
             )
         query, key, value = (constrain(t, "batch", None, "heads", None) for t in (query, key, value))
-        y = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation="xla")
-        y = jnp.einsum("blhw,hwd->bld", y, weight(self.out, x.dtype))
+        y = attend(query, key, value, mask)
+        y = linear(y.reshape(*x.shape[:2], -1), weight(self.out, x.dtype).reshape(-1, x.shape[-1]))
         return constrain(y, "batch", None, None), None if cache is None else stored
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparse_lm import config as configs
+from sparse_lm.kernels.linear import linear
 from sparse_lm.mesh import constrain
 from sparse_lm.models.depth import SkippedLayer
 from sparse_lm.models.feed_forward import dropout
@@ -111,7 +112,7 @@ class Decoder(nnx.Module):
         table = self.embedding if self.output is None else self.output
         with jax.named_scope("output"):
             x, table = self.norm(x), weight(table, x.dtype)
-            logits = jnp.einsum("bld,vd->blv", x, table, preferred_element_type=jnp.float32)
+            logits = linear(x, table.T, jnp.float32)
         return Output(constrain(logits, "batch", None, "logits"), aux, (new_prefix, new_period))
 
 

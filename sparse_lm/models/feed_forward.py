@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from sparse_lm import config as configs
 from sparse_lm.kernels.block_sparse import block_sparse_matmul
+from sparse_lm.kernels.linear import linear
 from sparse_lm.layouts import Layout, layout
 from sparse_lm.mesh import constrain
 from sparse_lm.parameter import matrix, weight, weight_axes
@@ -64,7 +65,7 @@ class FeedForward(nnx.Module):
             blocks = self.down if name == "out" else self.up
             if blocks is not None:
                 return block_sparse_matmul(x, weights[name], blocks)
-            return constrain(jnp.einsum("blx,xy->bly", x, weights[name]), "batch", None, axes[name][-1])
+            return constrain(linear(x, weights[name]), "batch", None, axes[name][-1])
 
         return self.layer(x, product)
 

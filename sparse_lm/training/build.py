@@ -25,7 +25,7 @@ from sparse_lm.routing.health import health
 from sparse_lm.training import anticipation
 from sparse_lm.training.layout import names
 from sparse_lm.training.loss import Batch, accumulate, choices, loss
-from sparse_lm.training.optimizer import make_optimizer
+from sparse_lm.training.optimizer import clipping, make_optimizer
 from sparse_lm.training.schedules import schedule
 
 
@@ -107,11 +107,13 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
 
         (gradient, sums), seen = accumulate(part, batch, key, given, training.accumulation)
         tokens = jnp.maximum(sums["tokens"], 1)
-        gradient = jax.tree.map(lambda g: g / tokens, gradient)
         rate = learning_rate(state.step)
         statistics = sums.pop("statistics", {})
         with jax.named_scope("optimizer"):
-            norm = optax.tree.norm(gradient)
+            norm = optax.tree.norm(gradient) / tokens
+            # Mean and clipping as one multiple, since each is a pass over the gradient.
+            scale = clipping(norm, config.optimizer.clip_norm) / tokens
+            gradient = jax.tree.map(lambda g: g * scale, gradient)
             updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
             after = (
                 jax.tree.map(lambda p, u: p - rate * u, state.parameters, updates),

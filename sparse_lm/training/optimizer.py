@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -109,10 +110,10 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def make_optimizer(config: configs.Config, axes: dict) -> optax.GradientTransformation:
-    """Clipping, the algorithm, weight decay and multiples of the learning rate by group. Norms are not decayed.
+    """The algorithm, weight decay and multiples of the learning rate by group. Norms are not decayed.
 
-    The learning rate itself is for the step to apply: it belongs to the run's step, which goes on where an optimizer's
-    own count stands still, at a step that is skipped.
+    The step itself clips, and applies the learning rate: it belongs to the run's step, which goes on where an
+    optimizer's own count stands still, at a step that is skipped.
 
     axes: the axis names of each parameter. Raises `UserError` for an unknown name or option.
     """
@@ -127,5 +128,9 @@ def make_optimizer(config: configs.Config, axes: dict) -> optax.GradientTransfor
 
         return jax.tree.map_with_path(one, axes, updates, parameters, is_leaf=_is_axes)
 
-    clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
-    return optax.chain(clip, algorithm, optax.stateless(finish))
+    return optax.chain(algorithm, optax.stateless(finish))
+
+
+def clipping(norm: jax.Array, longest: float) -> jax.Array:
+    """What a gradient of this norm is multiplied by to be no longer than `longest`; 0: as long as it is."""
+    return longest / jnp.maximum(norm, longest) if longest else jnp.ones(())

@@ -1,14 +1,18 @@
 """The step as a whole; on several devices in tests/test_mesh.py."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from sparse_lm.config import capacity
+from sparse_lm.config import capacity, choice
+from sparse_lm.errors import UserError
+from sparse_lm.mesh import AXES, make_mesh
 from sparse_lm.models import functional
-from sparse_lm.training.build import count_tokens
+from sparse_lm.training.build import build, count_tokens
 from sparse_lm.training.loss import loss
 from sparse_lm.training.schedules import schedule
 from tests import tiny
@@ -149,6 +153,26 @@ def test_the_learning_rate_reported_is_the_one_applied_also_after_a_skipped_step
     assert metrics["learning_rate"] == pytest.approx(float(schedule(build.config)(1)))
 
 
+@pytest.mark.parametrize("limit", [1e-3, 1e6])
+def test_gradients_are_clipped_to_a_global_norm(limit):
+    """Adam's first update is blind to the size of a gradient g but for its epsilon: with 1 it is g / (|g| + 1)."""
+    optimizer = {"algorithm": choice("adamw", eps=1.0), "weight_decay": 0.0, "warmup_steps": 0, "learning_rate": 1.0}
+    fields = {f"optimizer__{k}": v for k, v in (optimizer | {"schedule": choice("constant")}).items()}
+    updates, norms = [], []
+    for clip in (0.0, limit):
+        build = tiny.built(**SPARSE | fields, optimizer__clip_norm=clip)
+        before = build.init().parameters
+        after, metrics = build.step(build.init(), tiny.batch(build.config))
+        change = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, before, after.parameters)
+        updates.append(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(change)]))
+        norms.append(float(metrics["grad_norm"]))
+    gradient = updates[0] / (1 - np.abs(updates[0]))
+    norm = np.sqrt((gradient**2).sum())
+    np.testing.assert_allclose(norms, norm, rtol=1e-3)
+    clipped = gradient * min(1.0, limit / norm)
+    np.testing.assert_allclose(updates[1], clipped / (np.abs(clipped) + 1), rtol=0.01, atol=3e-7)
+
+
 @pytest.fixture(scope="module")
 def recorded():
     """With everything random that there is, and two microbatches."""
@@ -211,3 +235,15 @@ def test_a_large_model_is_described_without_an_array():
     config = tiny.config(model__experts=2048, model__width=2048, model__ffn_width=8192, model__layers=30)
     shapes = jax.eval_shape(functional(config.model).init, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) > 1e12
+
+
+def test_a_block_that_a_tpu_cannot_tile():
+    config = tiny.config(model__ffn_width=64, model__layout=choice("banded", block=8, density=0.5))
+    mesh = mock.Mock(
+        jax.sharding.Mesh, shape=dict.fromkeys(AXES, 1), devices=np.array([[[[mock.Mock(platform="tpu")]]]])
+    )
+    with pytest.raises(UserError) as raised:
+        build(config, mesh)
+    answer = "model.layout.options.block is 8; a TPU needs a multiple of 128, the nearest is 128"
+    assert str(raised.value) == answer
+    build(config, make_mesh(config.mesh, jax.devices()[:1]))  # a CPU can
