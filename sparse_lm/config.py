@@ -77,7 +77,9 @@ class Model(Node):
     top_k: int = 1  # K, experts per token
     router: Choice = field(default_factory=lambda: choice("switch"))
     shared_experts: int = 0  # experts' widths of one dense layer beside the experts, which every token passes
-    balance_over: str = "group"  # region in which routers balance the load: group, device, batch (a microbatch)
+    # Region in which load is measured, and balanced by losses and biases: group, device, batch (a microbatch). Routers
+    # that assign the tokens of a group together always balance the group.
+    balance_over: str = "group"
     executor: str = "auto"  # how the experts are computed: auto, einsum, gather, grouped
     exchange_buffer: float = math.inf  # rows grouped has room for on a device in training, over an even share; inf: all
     capacity_factor: float = 1.25  # places per expert in training, over an even share; inf: nothing is dropped

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class TokenChoice(NamedTuple):
-    """Each token names K experts. An expert of -1 is nobody: padding, or a choice that the router leaves empty.
+    """Each token names K experts, none of them twice. An expert of -1 is nobody: padding, or a choice that the router
+    leaves empty.
 
     priority: tokens of higher priority take their places first, None: earlier tokens do (Riquelme et al. 2021).
     """

@@ -50,16 +50,20 @@ class Hash(Router):
         enough = COUNTED * self.vocabulary
         counting = state["seen"].sum() < enough
         seen = state["seen"] + jnp.where(counting, statistics["seen"], 0)
-        order = jnp.argsort(-seen)
+        due = counting & (seen.sum() >= enough)
 
-        def deal(i, dealt):
-            load, table = dealt
-            expert = jax.lax.top_k(-load, self.top_k)[1]
-            return load.at[expert].add(seen[order[i]] + 1), table.at[order[i]].set(expert)
+        def deal(_, table):
+            order = jnp.argsort(-seen)
 
-        # A loop of no turns in every step but the one.
-        turns = jnp.where(counting & (seen.sum() >= enough), self.vocabulary, 0)
-        _, table = jax.lax.fori_loop(0, turns, deal, (jnp.zeros(self.experts), state["table"]))
+            def one(i, dealt):
+                load, table = dealt
+                expert = jax.lax.top_k(-load, self.top_k)[1]
+                return load.at[expert].add(seen[order[i]] + 1), table.at[order[i]].set(expert)
+
+            return jax.lax.fori_loop(0, self.vocabulary, one, (jnp.zeros(self.experts), table))[1]
+
+        # A loop of one turn when it is due, and of none in every other step; a `cond` mapped over layers computes both.
+        table = jax.lax.fori_loop(0, due.astype(jnp.int32), deal, state["table"])
         return {"table": table, "seen": seen}
 
     def route(self, x, ids, valid, state, key=None, given=None):
