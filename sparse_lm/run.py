@@ -54,6 +54,8 @@ def train(config: configs.Config, workdir: str, init_from: str = "") -> dict[str
             on = lambda factor: executor(config.model, program.mesh.devices.flat[0].platform, factor)
             training, evaluation = on(config.model.capacity_factor), on(config.model.eval_capacity_factor)
             log.info("experts are computed by %s in training, by %s in evaluation", training, evaluation)
+        if ahead := leak(config.model, config.model.capacity_factor, training=True):
+            log.info("in training the routing looks ahead: %s", ahead)
         watchdog.beat("preparing the data")
         with clock.phase("data"):
             corpus = data.prepare(config)

@@ -49,10 +49,10 @@ def tpu_compiler(tmp_path_factory):
     return run
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def few_programs():
     """Compiled programs are kept for the life of a process, each in mappings of its own, of which Linux allows 65,530;
-    beyond them the compiler aborts. Half of that is a lot for one module, so the programs go before the next."""
+    beyond them the compiler aborts. So they go when a test leaves more than a third of that."""
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > 20_000:

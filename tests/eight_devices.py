@@ -1,14 +1,21 @@
-"""Run by test_mesh.py in a process with eight CPU devices: 20 steps of a tiny model on meshes of many shapes.
+"""Run by test_mesh.py in a process with eight CPU devices: 20 steps of a tiny model on meshes of many shapes; a layer
+that overflows the buffers of its exchange; sums over the groups of each device.
 
 Prints what it finds as one line of JSON; the partitioner's warnings go to stderr.
 """
 
 import json
+import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from sparse_lm import config as configs
-from sparse_lm.mesh import make_mesh
+from sparse_lm.mesh import make_mesh, sharding
+from sparse_lm.models.layer import Context, ExpertLayer
+from sparse_lm.routing.losses import by_region
 from sparse_lm.training.build import build
 from tests import tiny
 
@@ -23,6 +30,7 @@ MESHES = {
 SOME_MESHES = ("expert 8", "data 2, fsdp 2, expert 2", "fsdp 2, expert 2, tensor 2")
 STEPS = 20
 PADDING = (0, 3, 7, 1, 2, 0, 5, 12)
+OVERFLOWING = {"data 2, expert 4": {"data": 2, "expert": 4}, "expert 4, tensor 2": {"expert": 4, "tensor": 2}}
 
 
 def main() -> None:
@@ -40,11 +48,16 @@ def main() -> None:
             start = jax.device_get(one.init())
             found["one"] = run(one, start)
         for name in names:
-            made = build(config, make_mesh(configs.Mesh(**{"data": 1} | MESHES[name]), jax.devices()))
+            made = build(config, mesh_of(MESHES[name]))
             found[f"{executor}, {name}"] = run(made, start)
         if executor == "gather":
             tiny.equal(jax.device_get(made.init()), start)  # created sharded, the parameters are the same
-    print(json.dumps(found))
+    overflows = {name: overflow(mesh_of(sizes), sizes["expert"]) for name, sizes in OVERFLOWING.items()}
+    print(json.dumps({"runs": found, "overflows": overflows, "regions": regions()}))
+
+
+def mesh_of(sizes):
+    return make_mesh(configs.Mesh(**{"data": 1} | sizes), jax.devices())
 
 
 def run(made, start) -> dict:
@@ -79,6 +92,66 @@ def shard(parameters: dict) -> tuple[int, ...]:
     """The shape of one device's part of the experts' first matrix, [layers, experts, width, hidden]."""
     into = parameters["period"][1]["feed_forward"]["experts"]["into"]
     return into.sharding.shard_shape(into.shape)
+
+
+def overflow(mesh, devices: int) -> dict:
+    """An expert layer in training with room for half of an even share of rows; and without what finds no room."""
+    router = configs.choice("topk", normalize=False)  # a choice's weight is then its own
+    fields = dict(experts=8, top_k=2, executor="grouped", exchange_buffer=0.5, capacity_factor=math.inf, router=router)
+    model = tiny.config(**{f"model__{name}": value for name, value in fields.items()}, training__batch=8).model
+    graph, state = nnx.split(ExpertLayer(model, nnx.Rngs(params=0)))
+    random = np.random.default_rng(0)
+    x, dy = random.normal(size=(2, 8, 16, model.width)).astype(np.float32)
+    valid, at = np.arange(16) < 16 - np.array(PADDING)[:, None], jnp.zeros((8, 16), jnp.int32)
+    context = Context(at, jnp.asarray(valid), at, jnp.ones((8, 16, 16), bool), math.inf)
+
+    @jax.jit
+    def run(x, given):
+        def layer(x):
+            y, aux = nnx.merge(graph, state)(x, context, {}, jax.random.key(0), given)
+            return y, (aux.statistics["dropped"], aux.chosen)
+
+        y, back, seen = jax.vjp(layer, x, has_aux=True)
+        return y, back(jnp.asarray(dy))[0], *seen
+
+    with jax.set_mesh(mesh):
+        y, dx, dropped, chosen = jax.device_get(run(x, None))
+    lost = without_room(chosen, mesh.shape["data"], devices)
+    *expected, _, _ = jax.device_get(run(x, np.where(lost, -1, chosen)))
+    nowhere = valid & (lost | (chosen < 0)).all(axis=-1)
+    return {
+        "dropped": float(dropped),
+        "counted": int(lost.sum()),
+        "choices": int((chosen >= 0).sum()),
+        "tokens without output": int(nowhere.sum()),
+        "their output": float(np.abs(y[nowhere]).max()),
+        "difference": max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip((y, dx), expected)),
+    }
+
+
+def without_room(chosen, parts: int, devices: int):
+    """Which choices [G, S, K] of 8 experts find no room on their expert's device, where each of the devices makes room
+    for half of the choices that it begins with. The groups are divided into parts, and those over the devices."""
+    lost = np.zeros(chosen.shape, bool)
+    for part in np.split(np.arange(len(chosen)), parts):
+        for there in range(devices):
+            room = math.ceil(0.5 * chosen[part].size / devices)
+            for here in np.split(part, devices):
+                for expert in range(there * 8 // devices, (there + 1) * 8 // devices):
+                    for g, s, k in zip(*np.nonzero(chosen[here] == expert)):
+                        lost[here[g], s, k] = room <= 0
+                        room -= 1
+    return lost
+
+
+def regions() -> dict:
+    """Sums over the groups of each device by the library, and over what each device holds."""
+    mesh = mesh_of({"data": 2, "expert": 2, "tensor": 2})
+    x = jax.device_put(np.arange(8 * 3, dtype=np.float32).reshape(8, 3) ** 2, sharding(mesh, "groups", None))
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda x: by_region(x, "device"))(x)
+    held = {shard.index[0].start: np.asarray(shard.data).sum(axis=0).tolist() for shard in x.addressable_shards}
+    return {"found": found.tolist(), "held": [held[start] for start in sorted(held)]}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A mistake on the command line gets one line that says what would be right, exit code 2, and leaves nothing behind."""
 
+import json
 import subprocess
 import sys
 
@@ -176,3 +177,29 @@ def test_commands_work_on_a_run(capsys, config, tmp_path, monkeypatch):
     assert "step 7, run again" in capsys.readouterr().out
     cli.main(["info", f"--config={config}"])
     assert "active per token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "router, ahead", [("switch", ""), ("expert_choice", "experts choose among all tokens of a group")]
+)
+def test_it_is_said_where_the_routing_looks_ahead(capsys, config, tmp_path, router, ahead):
+    def warned(*command):
+        cli.main([*command, f"--workdir={tmp_path}/run"])
+        out, err = capsys.readouterr()
+        return out, [line for line in err.splitlines() if line.startswith("WARNING")]
+
+    flags = ["--config.training.steps=4", f"--config.model.router.name={router}"]
+    _, trained = warned("train", f"--config={config}", *flags)
+    out, evaluated = warned("evaluate")
+    _, generated = warned("generate", "--prompt=the cat", "--tokens=2")
+    measured = json.loads(out)
+    assert measured["leak"] == ahead
+    assert measured["evaluation"]["validation"]["causal"] == (not ahead)
+    loss = "this loss is not that of a causal language model"
+    instead = "in generation each token goes to its top_k best experts"
+    said = [
+        f"WARNING: validation: the routing looks ahead; {loss}",
+        f"WARNING: {loss}: {ahead}",
+        f"WARNING: while the model was trained, {ahead}; {instead}",
+    ]
+    assert trained + evaluated + generated == (said if ahead else [])

@@ -17,7 +17,7 @@ from sparse_lm.errors import UserError
 from sparse_lm.mesh import check, constrain, make_mesh, spec
 from sparse_lm.routing import ROUTERS
 from tests import tiny
-from tests.eight_devices import MESHES, SOME_MESHES
+from tests.eight_devices import MESHES, OVERFLOWING, SOME_MESHES
 
 RUNS = [f"gather, {name}" for name in MESHES]
 RUNS += [f"{executor}, {name}" for executor in ("einsum", "grouped") for name in SOME_MESHES]
@@ -35,8 +35,14 @@ def on_eight_devices(module, timeout):
 
 
 @pytest.fixture(scope="module")
-def trained():
+def eight():
     return on_eight_devices("tests.eight_devices", 900)
+
+
+@pytest.fixture(scope="module")
+def trained(eight):
+    found, stderr = eight
+    return found["runs"], stderr
 
 
 @pytest.mark.slow
@@ -93,6 +99,19 @@ def test_tokens_travel_to_the_devices_of_their_experts(trained, run):
     rows = GROUPS // (8 // expert) * C
     assert ((rows, F) if expert == E else (E // expert, rows, F)) in products
     assert (E, GROUPS // 8 * C, F) not in products
+
+
+@pytest.mark.parametrize("mesh", OVERFLOWING)
+def test_what_finds_no_room_on_the_device_of_its_expert_is_dropped_and_counted(eight, mesh):
+    found = eight[0]["overflows"][mesh]
+    assert 0 < found["dropped"] == found["counted"] < found["choices"]
+    assert found["tokens without output"] > 0 and found["their output"] == 0
+    assert found["difference"] < 1e-5  # to one device without what is dropped, in values and gradients
+
+
+def test_the_region_of_a_device_is_the_groups_that_it_holds(eight):
+    found = eight[0]["regions"]
+    assert len(found["held"]) == 4 and found["found"] == found["held"]
 
 
 def test_the_rest_of_the_devices_is_filled_in():

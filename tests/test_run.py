@@ -77,15 +77,40 @@ def test_a_run_leaves_its_measures(config, tmp_path):
     assert summary["steps"] == STEPS and 0 < summary["goodput"] <= 1
 
 
-def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path):
-    run.train(config(), tmp_path / "whole")
-    run.train(config(training__steps=7, optimizer__schedule=configs.choice("constant")), tmp_path / "other")
-    constant = {"optimizer__schedule": configs.choice("constant")}
-    run.train(config(**constant), tmp_path / "constant")
-    run.train(config(**constant), tmp_path / "other")  # the length may change on the way
-    tiny.equal(parameters(tmp_path / "other", config), parameters(tmp_path / "constant", config))
+@pytest.mark.parametrize(
+    "router",
+    [
+        configs.choice("deepseek"),
+        configs.choice("hash", balanced=True),  # deals its table in step 10, when it has seen 8 · 300 tokens
+    ],
+    ids=lambda router: router.name,
+)
+def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path, router):
+    fields = {"model__router": router, "training__batch": 16, "optimizer__schedule": configs.choice("constant")}
+    run.train(config(**fields), tmp_path / "whole")
+    run.train(config(**fields, training__steps=7), tmp_path / "other")
+    run.train(config(**fields), tmp_path / "other")  # the length may change on the way
+    whole, other = (run.load(f"{tmp_path}/{name}") for name in ("whole", "other"))
+    tiny.equal((other.parameters, other.router), (whole.parameters, whole.router))
     strip = lambda rows: [{k: row[k] for k in ("step", "loss", "grad_norm", "tokens")} for row in rows]
-    assert strip(read_rows(tmp_path / "other", "metrics")) == strip(read_rows(tmp_path / "constant", "metrics"))
+    assert strip(read_rows(tmp_path / "other", "metrics")) == strip(read_rows(tmp_path / "whole", "metrics"))
+    begun = whole.program.functional.init_router_state()
+    assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (begun, whole.router)), strict=True))
+
+
+def test_what_a_run_says_of_its_routing(config, tmp_path, caplog):
+    """Under a capacity in training alone: 8 · 5 places for 2 · 16 choices, in evaluation 8 · 16."""
+    caplog.set_level("INFO", "sparse_lm")
+    run.train(config(model__router=configs.choice("topk"), model__experts=8, model__top_k=2), tmp_path / "run")
+    drops = "at a capacity factor of {}, tokens lose their places to later ones"
+    assert "experts are computed by gather in training, by grouped in evaluation" in caplog.messages
+    assert f"in training the routing looks ahead: {drops.format(1.25)}" in caplog.messages
+    for factor, leak in ((None, ""), (1.0, drops.format(1))):
+        found = run.evaluate(str(tmp_path / "run"), capacity_factor=factor)
+        assert found["leak"] == leak and found["evaluation"]["validation"]["causal"] == (not leak)
+    caplog.clear()
+    run.train(config(model__executor="gather"), tmp_path / "switch")
+    assert not [line for line in caplog.messages if "looks ahead" in line or "are computed by" in line]
 
 
 def test_a_finished_run_is_left_alone(config, tmp_path, caplog):

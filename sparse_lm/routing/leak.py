@@ -20,7 +20,7 @@ def leak(model: Model, capacity_factor: float, training: bool = False) -> str:
     if (said := router.leak(model)) and (training or not router.alone_in_evaluation):
         return said
     if training and not math.isinf(model.exchange_buffer) and model.executor in ("auto", "grouped"):
-        return "rows that a device has no room for are dropped, whatever came first"
+        return "over several devices, rows that one has no room for are dropped, whatever came first"
     drops = capacity(model.group_size, model.experts, model.top_k, capacity_factor) < model.group_size
     only_first = router.k_experts and model.top_k == 1 and not model.router.options.get("priority", False)
     if router.form is TokenChoice and drops and not only_first:

@@ -1,14 +1,23 @@
-"""Every executor against the loop, values and gradients."""
+"""Every executor against the loop, values and gradients, and against masks where a router's scores are extreme."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from sparse_lm.experts import EXECUTORS, Experts
-from sparse_lm.routing import TokenChoice
+from sparse_lm.registry import create
+from sparse_lm.routing import ROUTERS, SoftSlots, TokenChoice
+from sparse_lm.routing.router import LearnedRouter
 from tests import tiny
 from tests.oracles import moe
+from tests.routing import table
 
 G, S, D, E, F = 2, 10, 6, 4, 5
 ACT = {"gelu": jax.nn.gelu, "swiglu": jax.nn.silu}
@@ -39,28 +48,66 @@ def case(top_k: int, gated: bool, crowded: bool):
     return x, dy, expert, random.random(size=expert.shape), weights
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize(
-    "top_k, places, gated", [(1, 3, False), (1, S, True), (2, 1, False), (2, 4, True), (2, S, False)]
-)
-def test_values_and_gradients_are_those_of_the_loop(executor, top_k, places, gated):
-    x, dy, expert, weight, weights = case(top_k, gated, crowded=places < S)
-    activation = "swiglu" if gated else "gelu"
-    y, lost, *expected = moe.experts(x, expert, weight, weights, activation, places, dy)
-    assert (lost > 0) == (places < S)
+CASES = [(1, 3, False), (1, S, True), (2, 1, False), (2, 4, True), (2, S, False)]  # choices, places (S: all), gated
+
+
+@functools.cache
+def program(executor: str, places: int, gated: bool):
+    """(y, dropped, gradients of x, weight and weights); one for all choices, so that hypothesis does not compile."""
 
     @jax.jit
-    def run(x, weight, weights):
-        choice = TokenChoice(jnp.asarray(expert, jnp.int32), weight)
-        go = lambda x, w, e: EXECUTORS[executor].run(x, choice._replace(weight=w), experts(e, activation), places)
-        y, back, lost = jax.vjp(go, x, weight, weights, has_aux=True)
-        return y, lost, back(dy.astype(np.float32))
+    def run(x, expert, weight, weights, dy):
+        def go(x, weight, weights):
+            made = experts(weights, "swiglu" if gated else "gelu")
+            return EXECUTORS[executor].run(x, TokenChoice(expert, weight), made, places)
 
-    to32 = lambda tree: jax.tree.map(lambda a: a.astype(np.float32), tree)
-    found, dropped, gradients = run(*to32((x, weight, weights)))
+        y, back, lost = jax.vjp(go, x, weight, weights, has_aux=True)
+        return y, lost, back(dy)
+
+    to32 = lambda a: jnp.asarray(a, jnp.int32 if a.dtype.kind == "i" else jnp.float32)
+    return lambda *args: run(*jax.tree.map(to32, args))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("top_k, places, gated", CASES)
+def test_values_and_gradients_are_those_of_the_loop(executor, top_k, places, gated):
+    x, dy, expert, weight, weights = case(top_k, gated, crowded=places < S)
+    y, lost, *expected = moe.experts(x, expert, weight, weights, "swiglu" if gated else "gelu", places, dy)
+    assert (lost > 0) == (places < S)
+    found, dropped, gradients = program(executor, places, gated)(x, expert, weight, weights, dy)
     tiny.close(found, y)
     assert dropped == lost
     tiny.close(gradients, tuple(expected))
+
+
+@st.composite
+def routings(draw):
+    """A case with choices of any kind, an expert named once by a token, and with weights of any size."""
+    top_k, places, gated = draw(st.sampled_from(CASES))
+    some = lambda values: arrays(np.int64, (G, S, top_k), elements=values)
+    expert = draw(some(st.integers(-1, E - 1)) | st.integers(-1, E - 1).flatmap(lambda e: some(st.just(e))))
+    expert[..., 1:][expert[..., 1:] == expert[..., :1]] = -1
+    weight = draw(arrays(np.float64, expert.shape, elements=st.sampled_from([0.0, 1e-20, 0.3, 1.0, 1e20])))
+    return places, gated, expert, weight
+
+
+@pytest.mark.parametrize("executor", [name for name in EXECUTORS if name != "auto"])  # which is one of the others
+@settings(max_examples=40, deadline=None)
+@given(routings())
+def test_any_choice_gives_values_and_gradients_of_the_loop(executor, routing):
+    places, gated, expert, weight = routing
+    x, dy, _, _, weights = case(1, gated, crowded=False)
+    y, lost, *expected = moe.experts(x, expert, weight, weights, "swiglu" if gated else "gelu", places, dy)
+    found, dropped, gradients = jax.device_get(program(executor, places, gated)(x, expert, weight, weights, dy))
+    assert dropped == lost
+    (dx, dweight, dweights), (ex, eweight, eweights) = gradients, expected
+    tiny.close(dweight, eweight)  # in which weights have no part
+    # By token and by expert, so that huge weights do not hide the small ones beside them.
+    for g, s in np.ndindex(G, S):
+        tiny.close((found[g, s], dx[g, s]), (y[g, s], ex[g, s]), 2e-4)
+    for e in range(E):
+        at = lambda tree: {name: w[e] for name, w in tree.items()}
+        tiny.close(at(dweights), at(eweights), 2e-4)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -75,3 +122,58 @@ def test_a_token_without_a_place_has_output_zero_and_the_others_what_they_had(ex
     assert not few[~kept].any()
     assert all_of_them[(expert[..., 0] >= 0)].any(axis=-1).all()
     tiny.close(few[kept], all_of_them[kept])
+
+
+SCORES = {
+    "equal": [0.0],
+    "extreme": [0.0, 1e30, -1e30],
+    "infinite": [0.0, 1.0, np.inf, -np.inf],
+    "all infinite": [np.inf],
+    "none at all": [-np.inf],
+}
+LEARNED = [
+    name
+    for name, router in sorted(ROUTERS.items())
+    if issubclass(router, LearnedRouter) and router.form is not SoftSlots and not router.skips_layers
+]
+
+
+@functools.cache
+def router(name: str):
+    """A router's choice from logits that are given to it."""
+    model = table.config(name).model
+    made = create("model.router", ROUTERS, model.router, model, nnx.Rngs(params=0))
+    x, ids, valid = jnp.ones((G, S, model.width)), jnp.zeros((G, S), jnp.int32), jnp.ones((G, S), bool)
+    valid = valid.at[0, 7:].set(False)
+
+    def choose(logits):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(made), "logits", lambda *_: logits)
+            return made.route(x, ids, valid, made.init_state()).choice
+
+    return jax.jit(choose)
+
+
+@functools.cache
+def runner(executor: str):
+    random = np.random.default_rng(1)
+    into, out = random.normal(size=(table.E, D, F)), random.normal(size=(table.E, F, D))
+    made = experts({"into": jnp.asarray(into, jnp.float32), "out": jnp.asarray(out, jnp.float32)}, "gelu")
+    return jax.jit(lambda x, choice: EXECUTORS[executor].run(x, choice, made, 2))
+
+
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("name", LEARNED)
+def test_extreme_scores_are_run_as_masks_run_them(name, scores):
+    """Where a weight is no number, neither is what masks make of it; elsewhere all outputs are the same numbers."""
+    random = np.random.default_rng(0)
+    choice = router(name)(random.choice(SCORES[scores], (G, S, table.E)).astype(np.float32))
+    x = random.normal(size=(G, S, D)).astype(np.float32)
+    expected, lost = jax.device_get(runner("einsum")(x, choice))
+    fine = np.isfinite(expected)
+    for executor in ("gather", "grouped"):
+        if type(choice) in EXECUTORS[executor].forms:
+            y, dropped = jax.device_get(runner(executor)(x, choice))
+            assert dropped == lost
+            tiny.close(np.where(fine, y, 0), np.where(fine, expected, 0))
+    assert fine.all() or "infinite" in scores or "none" in scores

@@ -15,12 +15,18 @@ def capacity(tokens: int, experts: int, choices: int, factor: float) -> int:
     return min(tokens, math.ceil(factor * tokens * choices / experts))
 
 
-def place(expert: np.ndarray, places: int) -> np.ndarray:
-    """Which choices [S, K] of one group find a place: all first choices in token order, then all second ones."""
+def place(expert: np.ndarray, places: int, priority: np.ndarray | None = None) -> np.ndarray:
+    """Which choices [S, K] of one group find a place: all first choices in token order, then all second ones.
+
+    With a priority [S], in the order of Riquelme et al. 2021 (arXiv 2106.05974), section 4.1: the highest goes first.
+    """
+    queue = list(range(expert.shape[0]))
+    if priority is not None:
+        queue.sort(key=lambda token: (-priority[token], token))
     taken: dict[int, int] = {}
     kept = np.zeros(expert.shape, bool)
     for rank in range(expert.shape[1]):
-        for token in range(expert.shape[0]):
+        for token in queue:
             e = int(expert[token, rank])
             if e >= 0 and taken.get(e, 0) < places:
                 taken[e] = taken.get(e, 0) + 1

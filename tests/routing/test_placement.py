@@ -13,26 +13,29 @@ from tests.oracles import moe
 placed = jax.jit(place, static_argnums=(1, 2))
 
 
-def choose(expert: np.ndarray) -> TokenChoice:
-    return TokenChoice(jnp.asarray(expert, jnp.int32), jnp.ones(expert.shape, jnp.float32))
+def choose(expert: np.ndarray, priority: np.ndarray | None = None) -> TokenChoice:
+    return TokenChoice(jnp.asarray(expert, jnp.int32), jnp.ones(expert.shape, jnp.float32), priority)
 
 
 # One shape for each number of choices, so that hypothesis does not compile anew.
 choices = st.sampled_from([1, 2]).flatmap(lambda k: arrays(np.int32, (2, 9, k), elements=st.integers(-1, 3)))
+priorities = st.none() | arrays(np.float32, (2, 9), elements=st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]))  # with ties
 
 
 @settings(max_examples=60, deadline=None)
-@given(choices, st.sampled_from([1, 3, 9]))
-def test_places_are_given_in_order_until_they_are_taken(expert, capacity):
-    position, kept = placed(choose(expert), 4, capacity)
+@given(choices, st.sampled_from([1, 3, 9]), priorities)
+def test_places_are_given_in_order_until_they_are_taken(expert, capacity, priority):
+    position, kept = placed(choose(expert, priority), 4, capacity)
     for g in range(len(expert)):
-        np.testing.assert_array_equal(kept[g], moe.place(expert[g], capacity))
+        np.testing.assert_array_equal(
+            kept[g], moe.place(expert[g], capacity, None if priority is None else priority[g])
+        )
 
 
 @settings(max_examples=60, deadline=None)
-@given(choices, st.sampled_from([1, 3, 9]))
-def test_nobody_shares_a_place_and_no_expert_has_more_than_its_capacity(expert, capacity):
-    position, kept = map(np.asarray, placed(choose(expert), 4, capacity))
+@given(choices, st.sampled_from([1, 3, 9]), priorities)
+def test_nobody_shares_a_place_and_no_expert_has_more_than_its_capacity(expert, capacity, priority):
+    position, kept = map(np.asarray, placed(choose(expert, priority), 4, capacity))
     assert not kept[expert < 0].any()
     assert ((0 <= position) & (position < capacity))[kept].all()
     for g in range(len(expert)):
@@ -52,6 +55,12 @@ def test_a_second_choice_waits_for_every_first_one():
     expert = np.array([[[1, 0], [2, 0], [0, 3], [0, 3]]])
     _, kept = place(choose(expert), 4, 2)
     assert kept[0].tolist() == [[True, False], [True, False], [True, True], [True, True]]
+
+
+def test_the_highest_priority_goes_first_among_choices_of_a_rank():
+    expert = np.array([[[0, 1], [0, 1], [0, 1], [1, 0]]])
+    _, kept = place(choose(expert, np.array([[0.5, 0.9, 0.7, 0.1]], np.float32)), 4, 2)
+    assert kept[0].tolist() == [[False, False], [True, True], [True, False], [True, False]]
 
 
 def test_groups_do_not_compete():

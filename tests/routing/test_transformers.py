@@ -112,9 +112,9 @@ def test_deepseek_is_deepseek_v3(executor):
 
 @pytest.mark.slow
 def test_transformers_makes_these_fixtures(tmp_path):
-    """In an environment of its own, with the newest transformers."""
+    """In an environment of its own, with the versions that SCRIPT names."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    subprocess.run([tmp_path / "venv/bin/pip", "install", "-q", "torch==2.13.0", "transformers"], check=True)
+    subprocess.run([tmp_path / "venv/bin/pip", "install", "-q", "torch==2.13.0", "transformers==5.24.0"], check=True)
     subprocess.run([tmp_path / "venv/bin/python", SCRIPT, tmp_path / "fixtures"], check=True)
     stored = sorted(path.name for path in FIXTURES.glob("*.npz"))
     assert stored == sorted(path.name for path in (tmp_path / "fixtures").iterdir())
