@@ -4,8 +4,8 @@
 
 Trains each with the same FLOPs per token, and writes routers.md, a table of held-out loss (and its difference to the
 control's on the same batches) with 95 % intervals and of routing health, and routers.png, how even the load is over the
-steps. A finished run is not trained again. Routers whose routing looks ahead
-are listed by themselves: their losses can't be ranked with the others'.
+steps. A finished run is not trained again. Where an evaluation looks ahead there is no difference: its loss can't be
+ranked with the others'.
 """
 
 import dataclasses
