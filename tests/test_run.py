@@ -103,7 +103,7 @@ def test_what_a_run_says_of_its_routing(config, tmp_path, caplog):
     caplog.set_level("INFO", "sparse_lm")
     run.train(config(model__router=configs.choice("topk"), model__experts=8, model__top_k=2), tmp_path / "run")
     drops = "at a capacity factor of {}, tokens lose their places to later ones"
-    assert "experts are computed by gather in training, by grouped in evaluation" in caplog.messages
+    assert "experts are computed by grouped in training, by grouped in evaluation" in caplog.messages
     assert f"in training the routing looks ahead: {drops.format(1.25)}" in caplog.messages
     for factor, leak in ((None, ""), (1.0, drops.format(1))):
         found = run.evaluate(str(tmp_path / "run"), capacity_factor=factor)
