@@ -2,7 +2,7 @@
 
 Shows:    whether 8 experts in every second layer pay at a width of 128, on Python's own library as text.
 Command:  sparse-lm compare --config=configs/quickstart.py --seeds=3
-Hardware: two CPU cores, no accelerator; about five minutes.
+Hardware: two CPU cores, no accelerator; about four minutes.
 Expected: see the README; the numbers differ a little between Python versions, whose libraries are the text.
 """
 
