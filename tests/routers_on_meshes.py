@@ -32,13 +32,18 @@ def main() -> None:
         of_model = vars(table.config(name, balance_over="batch", kv_heads=4).model)
         fields = {f"model__{field}": value for field, value in of_model.items() if not field.startswith("_")}
         one = run(fields, "auto", {"data": 1}, 1)
-        for executor in EXECUTORS:
-            if executor == "auto" or ROUTERS[name].form not in EXECUTORS[executor].forms:
-                continue
+        for executor in executors(name):
             for mesh, sizes in MESHES.items():
                 many = run(fields, executor, sizes, 8)
                 found[f"{name}, {executor}, {mesh}"] = difference(many, one)
     print(json.dumps(found))
+
+
+def executors(router: str) -> list[str]:
+    """All that can express the router, by their own names; `auto` where no expert is executed."""
+    if ROUTERS[router].skips_layers:
+        return ["auto"]
+    return [name for name, one in EXECUTORS.items() if name != "auto" and ROUTERS[router].form in one.forms]
 
 
 def run(fields: dict, executor: str, sizes: dict, devices: int):

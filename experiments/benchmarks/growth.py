@@ -21,6 +21,7 @@ from experiments.benchmarks.alternate import alternate, machine, ratio, share
 from experiments.benchmarks.dense_twin import runs
 from sparse_lm.command_line import define_config
 from sparse_lm.config import Config, resolve
+from sparse_lm.cost.flops import flops
 from sparse_lm.cost.info import table
 from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.models.layer import Context, ExpertLayer
@@ -43,7 +44,8 @@ def main() -> None:
             timed |= {f"{count} step": runs(config)[0], f"{count} layer": layer(config)}
         times = alternate(timed | {"machine": machine()}, values.rounds)
         tokens = batch * config.data.length
-        needed = 3 * tokens * 2 * config.model.width * config.model.expert_width * (3 if config.model.gated else 2)
+        parts = flops(config.model, config.data.length).parts
+        needed = tokens * next(part.model_training for part in parts if part.name == "experts")
         per_token = {count: np.median(times[f"{count} layer"]) / tokens for count in values.experts}
         first = first or per_token
         for count in values.experts:
