@@ -6,7 +6,7 @@ PATH is a Python with torch and transformers. Each side has a process of its own
 disturb each other in one; they take turns, and the other sleeps. A step is forward pass, backward pass, clipping and
 AdamW (PyTorch's is the fused one), in float32, with untied embeddings and a balance loss on both sides. transformers
 runs the fastest of its implementations of experts, which is measured first, and drops nothing; what sparse_lm drops is
-printed.
+printed. A single expert's weight is the constant 1 there and its probability here, a multiplication more.
 
 On a busy machine --cores=1 --clock=cpu compares the processor time of one core, which neighbours disturb little.
 sparse_lm keeps the memory that a step frees; --keep-memory has the C library do the same for PyTorch, whose users can

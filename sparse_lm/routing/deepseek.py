@@ -15,7 +15,7 @@ from sparse_lm.errors import UserError, nearest
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.losses import balance
-from sparse_lm.routing.router import LearnedRouter, at, token_choice, top
+from sparse_lm.routing.router import LearnedRouter, at, sum_to_1, token_choice, top
 
 LOG_SCORES = {
     "sigmoid": jax.nn.log_sigmoid,
@@ -33,7 +33,8 @@ class DeepSeek(LearnedRouter):
     in the weights.
 
     score: sigmoid (V3), sqrt_softplus (V4) or softmax (DeepSeekMoE, V2) of the logits.
-    normalize: weights are the scores of the chosen experts over their sum (equation 13); without it, the scores.
+    normalize: weights are the scores of the chosen experts over their sum (equation 13); without it, and
+        always for one expert per token, the scores.
     scale: what weights are multiplied with, the routed scaling factor of the published models (V3: 2.5).
     groups, groups_kept: node-limited routing. The experts stand in `groups` equal groups, and a token chooses among
         those of the `groups_kept` groups whose two best s + b have the largest sums, as in DeepSeek's code; the paper
@@ -61,7 +62,7 @@ class DeepSeek(LearnedRouter):
             raise UserError(f"model.router.options.score is {score!r}{nearest(score, LOG_SCORES)}")
         _check_groups(model, groups, groups_kept)
         super().__init__(model, rngs)
-        self.log_scores, self.normalize, self.scale = LOG_SCORES[score], normalize, scale
+        self.log_scores, self.normalize, self.scale = LOG_SCORES[score], sum_to_1(model, normalize), scale
         self.groups, self.groups_kept = groups, groups_kept
         self.bias_rate, self.sequence_loss = bias_rate, sequence_loss
 

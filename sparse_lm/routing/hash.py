@@ -5,10 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_lm import config as configs
-from sparse_lm.errors import UserError
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
-from sparse_lm.routing.router import Router, at, kernel, scores, token_choice
+from sparse_lm.routing.router import Router, at, check_several, kernel, scores, token_choice
 
 COUNTED = 8  # tokens per entry of the vocabulary that are counted before the balanced table is dealt
 
@@ -27,14 +26,12 @@ class Hash(Router):
     gate: the weights come from a learned gate, as in the first three layers of DeepSeek-V4 (DeepSeek-AI 2026, section
         2.1): sqrt(softplus(x W)) of the K experts over their sum. Their constant factor on the weights is left out.
 
-    Raises `UserError` for a gate with top_k = 1, whose weight would be 1 whatever it learns.
+    Raises `UserError` for a gate over one expert per token.
     """
 
     def __init__(self, model: configs.Model, rngs: nnx.Rngs, *, balanced: bool = False, gate: bool = False):
-        if gate and model.top_k == 1:
-            raise UserError(
-                "model.top_k is 1, for which the gate of the router 'hash' has no effect; it must be above 1"
-            )
+        if gate:
+            check_several(model)
         super().__init__(model, rngs)
         self.vocabulary, self.balanced = model.vocabulary, balanced
         self.kernel = kernel(model, rngs) if gate else None

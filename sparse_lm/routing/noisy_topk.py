@@ -11,7 +11,7 @@ from sparse_lm import config as configs
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.losses import by_region
-from sparse_lm.routing.router import LearnedRouter, at, kernel, largest, scores, token_choice, top
+from sparse_lm.routing.router import LearnedRouter, at, check_several, kernel, largest, scores, token_choice, top
 
 
 class NoisyTopK(LearnedRouter):
@@ -30,9 +30,12 @@ class NoisyTopK(LearnedRouter):
 
     importance_loss: w of equation 7, on the sums of the weights that each expert is given.
     load_loss: w of equation 11, on the expected numbers of tokens of each expert, were its own noise drawn again.
+
+    Raises `UserError` for one expert per token, whose weight would be 1; the paper has k above 1 too (section 2.1).
     """
 
     def __init__(self, model: configs.Model, rngs: nnx.Rngs, *, importance_loss: float = 0.1, load_loss: float = 0.1):
+        check_several(model)
         small = dataclasses.replace(model, init_scale=1e-4 * model.init_scale)
         super().__init__(small, rngs)
         self.noise = kernel(small, rngs)

@@ -35,12 +35,14 @@ def place(choice: TokenChoice, experts: int, capacity: int) -> Placement:
 def rank(expert: Int[Array, "G N"], experts: int) -> Int[Array, "G N"]:
     """How many earlier entries of its row name the same expert, for each entry that names one.
 
-    By sorting, whose cost does not grow with the experts as that of counting in one-hot vectors does.
+    By sorting, whose cost does not grow with the experts as that of counting in one-hot vectors does. Raises
+    `ValueError` for more experts times entries than 32 bits can number.
     """
     entries = expert.shape[1]
+    if (experts + 1) * entries > 2**32:
+        raise ValueError(f"{entries} choices among {experts} experts are too many to sort by 32-bit keys")
 
     def of_row(expert):
-        # Unsigned numbers hold experts × entries of any batch that fits a device.
         at = jnp.arange(entries, dtype=jnp.uint32)
         key = jnp.where(expert < 0, experts, expert).astype(jnp.uint32) * entries + at
         key = jnp.sort(key)

@@ -13,7 +13,7 @@ from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
-from sparse_lm.routing.router import LearnedRouter, at, largest, token_choice
+from sparse_lm.routing.router import LearnedRouter, at, largest, sum_to_1, token_choice
 
 
 class Quantile(LearnedRouter):
@@ -43,7 +43,7 @@ class Quantile(LearnedRouter):
         if bins < 2:
             raise UserError(f"model.router.options.bins is {bins}; a quantile needs at least 2, and 1000 are usual")
         super().__init__(model, rngs)
-        self.bins, self.normalize, self.scale = bins, normalize, scale
+        self.bins, self.normalize, self.scale = bins, sum_to_1(model, normalize), scale
 
     def init_state(self):
         return {"bias": jnp.zeros(self.experts)}

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sparse_lm import config as configs
+from sparse_lm.errors import UserError
 from sparse_lm.parameter import matrix
 from sparse_lm.routing.choice import Choice, Routing, TokenChoice
 
@@ -98,6 +99,21 @@ def jittered(x: Float[Array, "G S D"], jitter: float, key: jax.Array | None) -> 
     if key is None or not jitter:
         return x
     return x.astype(jnp.float32) * jax.random.uniform(key, x.shape, minval=1 - jitter, maxval=1 + jitter)
+
+
+def sum_to_1(model: configs.Model, normalize: bool) -> bool:
+    """Whether a router that is to `normalize` divides the weights of a token's experts by their sum. For one expert of
+    several it does not, as DeepSeek-V3's code has it: the weight would be 1 whatever is learned."""
+    return normalize and (model.top_k > 1 or model.experts == 1)
+
+
+def check_several(model: configs.Model) -> None:
+    """Raises `UserError` for one expert per token of several, where the weights of a router always sum to 1."""
+    if model.top_k == 1 and model.experts > 1:
+        raise UserError(
+            f"model.top_k is 1, for which the weights of the router {model.router.name!r} are 1 whatever it learns; it "
+            "must be above 1"
+        )
 
 
 def top(scores: Float[Array, "G S E"], k: int, given: Int[Array, "G S K"] | None) -> Int[Array, "G S K"]:

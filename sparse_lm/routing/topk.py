@@ -13,14 +13,15 @@ from sparse_lm import config as configs
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.losses import balance, router_z
-from sparse_lm.routing.router import LearnedRouter, at, jittered, token_choice, top
+from sparse_lm.routing.router import LearnedRouter, at, jittered, sum_to_1, token_choice, top
 
 
 class TopK(LearnedRouter):
     """Top-k routing.
 
     normalize: weights are the softmax over the k chosen logits, so that they sum to 1 (Mixtral, ST-MoE); without it,
-        the chosen entries of the softmax over all experts (OLMoE, V-MoE), which leaves one expert of many a gradient.
+        and always for one expert per token, which a weight of 1 would teach nothing, the chosen entries of the softmax
+        over all experts (OLMoE, V-MoE, Switch).
     priority: under a capacity, tokens whose largest probability is higher take their places first (V-MoE's batch
         prioritised routing). What is dropped then depends on later tokens.
     jitter, balance_loss, z_loss: as in `Switch`.
@@ -38,7 +39,7 @@ class TopK(LearnedRouter):
         z_loss: float = 0.001,
     ):
         super().__init__(model, rngs)
-        self.normalize, self.priority, self.jitter = normalize, priority, jitter
+        self.normalize, self.priority, self.jitter = sum_to_1(model, normalize), priority, jitter
         self.balance_loss, self.z_loss = balance_loss, z_loss
 
     def route(self, x, ids, valid, state, key=None, given=None):

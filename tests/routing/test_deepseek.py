@@ -163,7 +163,7 @@ def test_one_expert_has_weight_1_and_no_gradient():
 
 
 def test_the_bias_grows_where_the_load_is_below_the_mean():
-    made = router(experts=4, top_k=1, bias_rate=0.01)
+    made = router(experts=4, top_k=2, bias_rate=0.01)
     state = {"bias": jnp.array([0.5, 0.0, -0.5, 0.0])}
     after = made.update(state, {"load": jnp.array([9.0, 1.0, 5.0, 5.0])})
     np.testing.assert_allclose(after["bias"], [0.49, 0.01, -0.5, 0.0], rtol=1e-6)

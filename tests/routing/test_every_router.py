@@ -1,5 +1,6 @@
 """What holds of every router, from the table of them."""
 
+import dataclasses
 import functools
 import math
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_lm import config as configs
+from sparse_lm.errors import UserError
 from sparse_lm.experts import EXECUTORS
 from sparse_lm.models import functional
 from sparse_lm.models.layer import Context, ExpertLayer
@@ -231,3 +233,26 @@ def test_every_router_trains_and_its_state_moves_in_training_alone(name):
         assert any(
             (a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(jax.device_get(state.router)))
         )
+
+
+@pytest.mark.parametrize("name", ["topk", "quantile", "deepseek"])
+def test_the_weight_of_one_expert_of_several_is_its_score(name):
+    """A normalized weight would be 1, and the router would learn nothing."""
+    fields = {"router": configs.choice(name), "top_k": 1}
+    choices = []
+    for normalize in (True, False):
+        model = table.config(name, **fields | {"router": configs.choice(name, normalize=normalize)}).model
+        made = create("model.router", ROUTERS, model.router, model, nnx.Rngs(params=0))
+        x = jax.random.normal(jax.random.key(0), (2, 16, model.width))
+        ids, valid = jnp.zeros((2, 16), jnp.int32), jnp.ones((2, 16), bool)
+        choices.append(made.route(x, ids, valid, made.init_state()).choice)
+    tiny.equal(choices[0], choices[1])
+    assert (choices[0].weight < 1).all()
+
+
+@pytest.mark.parametrize("router", [configs.choice("noisy_topk"), configs.choice("hash", gate=True)])
+def test_a_weight_that_is_always_1_is_refused(router):
+    one = table.config(router.name, router=router, top_k=1).model
+    with pytest.raises(UserError, match=f"model.top_k is 1, .* the router '{router.name}' .* must be above 1"):
+        functional(one)
+    functional(dataclasses.replace(one, experts=1))

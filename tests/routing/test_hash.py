@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from sparse_lm import config as configs
-from sparse_lm.errors import UserError
 from sparse_lm.routing.hash import Hash
 from tests import tiny
 
@@ -186,8 +185,3 @@ def test_extreme_scores_of_the_gate_have_finite_weights_and_gradients(score):
     value, gradient = jax.value_and_grad(total)(parameters)
     assert value == valid.sum() / 2  # equal scores weigh the same
     assert np.isfinite(gradient["kernel"][...]).all()
-
-
-def test_a_gate_over_one_expert_is_refused():
-    with pytest.raises(UserError, match="model.top_k is 1, for which the gate of the router 'hash' has no effect"):
-        router(1, gate=True)

@@ -146,17 +146,18 @@ def test_given_experts_are_taken_with_weights_from_the_tokens(routed):
 
 
 def test_the_noise_has_the_trained_deviation():
-    """Of two experts, the first wins with probability Φ(difference of the scores / deviation of that of the noises)."""
-    made = router(experts=2, top_k=1)
-    made.kernel[...] = jnp.zeros((D, 2)).at[0, 0].set(0.8)
-    made.noise[...] = jnp.zeros((D, 2)).at[0, 1].set(1.5)
+    """Beside the third, the first of two is chosen with probability Φ(difference of their scores / deviation of that of
+    their noises)."""
+    made = router(experts=3, top_k=2)
+    made.kernel[...] = jnp.zeros((D, 3)).at[0].set(jnp.array([0.8, 0, 50]))
+    made.noise[...] = jnp.zeros((D, 3)).at[0, 1].set(1.5)
     tokens = 20_000
     x = np.zeros((1, tokens, D), np.float32)
     x[..., 0] = 1
     choice, _, _ = route(made, x, np.ones((1, tokens), bool), jax.random.key(0))
     deviation = np.hypot(np.log(2) + 0.01, np.log1p(np.exp(1.5)) + 0.01)
     first = norm.cdf(0.8 / deviation)
-    assert (np.asarray(choice.expert) == 0).mean() == pytest.approx(first, abs=4 * np.sqrt(0.25 / tokens))
+    assert (np.asarray(choice.expert) == 0).any(axis=-1).mean() == pytest.approx(first, abs=4 * np.sqrt(0.25 / tokens))
 
 
 def test_the_first_loads_are_about_equal():

@@ -8,6 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 from sparse_lm import config as configs
 from sparse_lm.routing import TokenChoice, place
+from sparse_lm.routing.placement import rank
 from tests.oracles import moe
 
 placed = jax.jit(place, static_argnums=(1, 2))
@@ -94,3 +95,10 @@ def test_nobody_takes_no_place():
 )
 def test_capacity_is_an_even_share_times_the_factor_rounded_up(tokens, experts, top_k, factor, places):
     assert configs.capacity(tokens, experts, top_k, factor) == places
+
+
+def test_more_choices_than_can_be_numbered_are_refused():
+    ranked = lambda experts: jax.eval_shape(lambda e: rank(e, experts), jax.ShapeDtypeStruct((1, 2**20), jnp.int32))
+    assert ranked(2**12 - 1).shape == (1, 2**20)
+    with pytest.raises(ValueError, match="1048576 choices among 4096 experts are too many"):
+        ranked(2**12)
