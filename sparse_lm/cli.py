@@ -171,8 +171,11 @@ def _warn(text: str) -> None:
 
 def _info(options: flags.FlagValues) -> None:
     from sparse_lm.cost.info import info_table
+    from sparse_lm.models import functional
 
-    print(info_table(resolve(options.config)))
+    config = resolve(options.config)
+    functional(config.model)  # what can't be trained has no cost
+    print(info_table(config))
 
 
 def _profile(options: flags.FlagValues) -> None:

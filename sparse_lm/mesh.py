@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sparse_lm import config as configs
+from sparse_lm.cost.arrays import of_blocks
 from sparse_lm.cost.routers import skips_layers
 from sparse_lm.errors import UserError
 
@@ -32,7 +33,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "router_experts": (),
     "slots": (),
     "blocks": (),
-    "block_in": (),
+    "block_in": ("fsdp",),
     "block_out": (),
 }
 
@@ -72,6 +73,8 @@ def check(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
     ]
     if model.dense_first or model.expert_every > 1:
         checks.insert(-1, ("hidden", "model.ffn_width", model.ffn_width))
+    if blocks := of_blocks(model, model.layers - 1):
+        checks.append(("block_in", "model.layout.options.block", blocks[0][1]))
     if model.experts:
         groups = batch * config.data.length // model.group_size
         if not skips_layers(model):

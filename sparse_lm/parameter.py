@@ -24,7 +24,8 @@ def ones(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
 
 
 def weight(parameter: nnx.Param, dtype: str | jnp.dtype) -> jax.Array:
-    """The parameter in the dtype of the computation, whole along its width: fsdp divides the width to store it only.
+    """The parameter in the dtype of the computation, whole along what fsdp divides: the width, or each block, to store
+    it only.
 
     Without this the partitioner may divide activations by width instead, which it then can't lay out again cheaply.
     """
@@ -33,4 +34,5 @@ def weight(parameter: nnx.Param, dtype: str | jnp.dtype) -> jax.Array:
 
 def weight_axes(parameter: nnx.Param) -> tuple[str | None, ...]:
     """The axes of `weight` in one layer."""
-    return tuple(None if axis == "width" else axis for axis in parameter.get_metadata("axes") if axis != "layers")
+    axes = [axis for axis in parameter.get_metadata("axes") if axis != "layers"]
+    return tuple(None if axis in ("width", "block_in") else axis for axis in axes)

@@ -20,7 +20,7 @@ DIVIDED_OVER: dict[str, tuple[str, ...]] = {
     "router_experts": (),
     "slots": (),
     "blocks": (),
-    "block_in": (),
+    "block_in": ("fsdp",),
     "block_out": (),
     "experts": ("expert",),
     "hidden": ("tensor",),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from sparse_lm.config import Config, Model
 from sparse_lm.cost.arrays import of_blocks
 from sparse_lm.cost.elementwise import layer_elements, optimizer_flops, outer_elements
-from sparse_lm.cost.routers import executor, experts_per_token, form, router_arrays, rows, skips_layers
+from sparse_lm.cost.routers import experts_per_token, form, router_arrays, rows, settled, skips_layers
 from sparse_lm.registry import lookup
 
 
@@ -70,15 +70,21 @@ class Flops:
         return sum(part.training for part in self.parts)
 
 
-def flops(model: Model, length: int) -> Flops:
-    """FLOPs per token of a resolved model on rows of `length` tokens. Raises `UserError` for an unknown executor."""
-    return Flops(tuple(_parts(model, length)))
+def flops(model: Model, length: int, platform: str = "cpu") -> Flops:
+    """FLOPs per token of a resolved model on rows of `length` tokens.
+
+    platform: cpu, gpu or tpu, where `auto` has its executor; it makes a difference to executed FLOPs alone.
+
+    Raises `UserError` for an unknown executor.
+    """
+    return Flops(tuple(_parts(settled(model, platform), length)))
 
 
-def step_flops(config: Config) -> float:
-    """Executed FLOPs of one training step of a resolved config over all devices, the optimizer's included."""
+def step_flops(config: Config, platform: str) -> float:
+    """Executed FLOPs of one training step of a resolved config over all devices of a platform, the optimizer's
+    included."""
     tokens = config.training.batch * config.data.length
-    return tokens * flops(config.model, config.data.length).executed_training + optimizer_flops(config)
+    return tokens * flops(config.model, config.data.length, platform).executed_training + optimizer_flops(config)
 
 
 def _parts(model: Model, length: int) -> Iterator[Part]:
@@ -114,7 +120,7 @@ def _feed_forward(model: Model, layer: int) -> Iterator[Part]:
     if model.shared_experts:
         yield _product(layer, "shared experts", model.shared_experts * dense, again=full)
     if not skips_layers(model):
-        yield from lookup("model.executor", MOVING, executor(model))(model, layer, places)
+        yield from lookup("model.executor", MOVING, model.executor)(model, layer, places)
 
 
 def _router(model: Model) -> float:

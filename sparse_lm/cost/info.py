@@ -6,7 +6,9 @@ from sparse_lm.config import Config, Mesh, Model
 from sparse_lm.cost.flops import Flops, flops
 from sparse_lm.cost.memory import memory
 from sparse_lm.cost.parameters import Parameters, parameters
-from sparse_lm.cost.routers import executor
+from sparse_lm.cost.routers import executor, skips_layers
+
+PLATFORM = "cpu"  # where executed FLOPs are counted for
 
 
 def human(value: float, unit: str = "") -> str:
@@ -31,7 +33,7 @@ def info_table(config: Config) -> str:
     A mesh axis of -1 counts as 1: how many devices there will be, a config does not say.
     """
     model, length = config.model, config.data.length
-    counted, cost = parameters(model), flops(model, length)
+    counted, cost = parameters(model), flops(model, length, PLATFORM)
     sizes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")}
     mesh = Mesh(**{axis: max(size, 1) for axis, size in sizes.items()})
     return "\n\n".join(
@@ -54,10 +56,13 @@ def _flops(cost: Flops, model: Model, length: int) -> str:
         rows.insert(2, ("  of it the routers", human(cost.router / 3, "FLOP"), human(cost.router, "FLOP")))
     what = ["work per element", f"all {length} keys for each query"]
     if model.experts:
-        if executor(model) != "grouped":
+        name = executor(model, PLATFORM)
+        if not skips_layers(model):
+            what += [f"executor {name}" + " (auto, on a CPU)" * (model.executor == "auto")]
+        if name != "grouped":
             factor, size = model.capacity_factor, model.group_size
             what += [f"places at a capacity factor of {factor:g} in groups of {size} tokens"]
-        what += ["dispatch and combine masks"] * (executor(model) == "einsum")
+        what += ["dispatch and combine masks"] * (name == "einsum")
     what += ["layers computed again in the backward pass"] * (model.remat == "full")
     return f"{table(rows)}\nexecuted, without the optimizer: {', '.join(what)}"
 

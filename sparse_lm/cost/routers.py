@@ -1,5 +1,7 @@
 """What routers add to a model: their parameters, and how many experts a token passes. By the router's name alone."""
 
+import dataclasses
+
 from sparse_lm.config import Model, capacity
 from sparse_lm.cost.automatic import automatic
 
@@ -45,7 +47,7 @@ def experts_per_token(model: Model) -> float:
     return model.experts * places_per_expert(model) / model.group_size
 
 
-def executor(model: Model, platform: str = "cpu", capacity_factor: float | None = None) -> str:
+def executor(model: Model, platform: str, capacity_factor: float | None = None) -> str:
     """The name of the model's executor; of `auto`, what it takes on a platform, in training unless told otherwise."""
     if model.executor != "auto":
         return model.executor
@@ -61,8 +63,14 @@ def executor(model: Model, platform: str = "cpu", capacity_factor: float | None 
     )
 
 
+def settled(model: Model, platform: str) -> Model:
+    """The model with the name of what `auto` takes on a platform."""
+    return dataclasses.replace(model, executor=executor(model, platform)) if model.experts else model
+
+
 def rows(model: Model) -> int:
-    """Rows that the experts compute for a group of S tokens: every place, or where rows are sorted every choice."""
-    if executor(model) == "grouped":
+    """Rows that the experts of a `settled` model compute for a group of S tokens: every place, or where rows are sorted
+    every choice."""
+    if model.executor == "grouped":
         return model.top_k * model.group_size
     return model.experts * places_per_expert(model)

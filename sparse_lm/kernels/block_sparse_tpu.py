@@ -5,6 +5,7 @@ writes. Blocks that add up to one part of the result come one after another, so 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,14 @@ TILE_BYTES = 2**21  # of the operand that stays in VMEM while a tile of tokens m
 TILE_TOKENS = 1024  # at most
 
 
-def check_tpu_block(block: int, what: str) -> None:
-    """Raises `UserError` for a size of blocks, set at the field `what`, that a TPU can't tile."""
+def check_tpu_block(block: int, widths: tuple[int, int], what: str) -> None:
+    """Raises `UserError` for a size of blocks of a matrix, set at the field `what`, that a TPU can't tile."""
     if block % LANES:
-        fit = max(1, round(block / LANES)) * LANES
-        raise UserError(f"{what} is {block}; a TPU needs a multiple of {LANES}, the nearest is {fit}")
+        common = math.gcd(*widths)
+        fits = [size for size in range(LANES, common + 1, LANES) if common % size == 0]
+        that = "a multiple of {} that divides {} and {}".format(LANES, *widths)
+        found = f"the nearest is {min(fits, key=lambda size: abs(size - block))}" if fits else "there is none"
+        raise UserError(f"{what} is {block}; a TPU needs {that}; {found}")
 
 
 def gradients(

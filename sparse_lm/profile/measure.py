@@ -1,5 +1,6 @@
 """Runs a few steps of a config and finds where their time goes."""
 
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -16,6 +17,7 @@ import numpy as np
 from sparse_lm import config as configs
 from sparse_lm.cost import flops, optimizer_flops
 from sparse_lm.cost.machine import Machine, machine
+from sparse_lm.cost.routers import settled
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import make_mesh
 from sparse_lm.profile import program, timeline
@@ -88,6 +90,7 @@ def profile(config: configs.Config, steps: int = 5, trace: str = "") -> Profile:
     plain += run()  # on both sides, so that a machine that slows down on the way tells on both alike
     device, devices = built.mesh.devices.flat[0], built.mesh.size
     peaks = machine(device.device_kind) or measured(devices if device.platform == "cpu" else 1)
+    config = dataclasses.replace(config, model=settled(config.model, device.platform))
     return _profile(config, program.read(compiled.as_text()), spent, plain, profiled, devices, peaks)
 
 

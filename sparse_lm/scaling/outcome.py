@@ -101,7 +101,7 @@ def _same_text(runs: Sequence[Run]) -> str:
 
 def _side(runs: Sequence[Run], splits: Sequence[str], price_per_hour: float | None) -> dict[str, Any]:
     config, summaries = runs[0].config, [run.summary for run in runs]
-    cost = flops(config.model, config.data.length)
+    cost, tokens = flops(config.model, config.data.length), config.training.batch * config.data.length
     side: dict[str, Any] = {
         "name": config.name,
         "runs": [run.path for run in runs],
@@ -109,7 +109,7 @@ def _side(runs: Sequence[Run], splits: Sequence[str], price_per_hour: float | No
         "active_params": summaries[0]["parameters"]["active"],
         "train_flops_per_token": cost.training,
         "router_flops_per_token": cost.router,
-        "executed_flops_per_token": step_flops(config) / (config.training.batch * config.data.length),
+        "executed_flops_per_token": step_flops(config, summaries[0]["devices"]["platform"]) / tokens,
         "learning_rate": config.optimizer.learning_rate,
         "leak": _leak(runs[0]),
         "skipped_steps": sum(summary.get("skipped_steps", 0) for summary in summaries),

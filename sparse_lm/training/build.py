@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparse_lm import config as configs
 from sparse_lm.cost.arrays import of_blocks
-from sparse_lm.cost.routers import skips_layers
+from sparse_lm.cost.routers import form, skips_layers
 from sparse_lm.errors import UserError
 from sparse_lm.kernels.block_sparse_tpu import check_tpu_block
 from sparse_lm.mesh import check, sharding
@@ -60,7 +60,9 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
     """Raises `UserError` where the config does not fit the mesh or names something that does not exist."""
     check(config, mesh)
     if config.model.layout.name != "dense" and mesh.devices.flat[0].platform == "tpu":
-        check_tpu_block(of_blocks(config.model, config.model.layers - 1)[0][1], "model.layout.options.block")
+        last = config.model.layers - 1
+        block, widths = of_blocks(config.model, last)[0][1], (config.model.width, config.model.layer_width(last))
+        check_tpu_block(block, widths, "model.layout.options.block")
     model, training = config.model, config.training
     if skips_layers(model) and model.group_size != config.data.length:
         raise UserError(
@@ -162,7 +164,8 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
     def evaluate(parameters: dict, router: dict, batch: Batch) -> dict:
         run = lambda factor: loss(parameters, fns, router, batch, factor, None)[1]["sums"]
         sums = run(model.eval_capacity_factor)
-        same = not model.experts or model.capacity_factor == model.eval_capacity_factor
+        # Where tokens do not choose, the router has its places from the training capacity throughout.
+        same = not model.experts or form(model) != "token" or model.capacity_factor == model.eval_capacity_factor
         at_train_capacity = sums if same else run(model.capacity_factor)
         names = ("cross_entropy", "tokens", "bytes")
         return {n: sums[n] for n in names} | {"cross_entropy_train_capacity": at_train_capacity["cross_entropy"]}

@@ -14,7 +14,8 @@ SIDE = 1024
 
 def seconds_per_step(config: configs.Config) -> float:
     """A rough estimate: the FLOPs that a step executes over a share of the speed at which these devices multiply."""
-    return step_flops(config) / (UTILISATION * jax.device_count() * _product_speed(config.model.dtype))
+    speed = UTILISATION * jax.device_count() * _product_speed(config.model.dtype)
+    return step_flops(config, jax.default_backend()) / speed
 
 
 def _product_speed(dtype: str) -> float:

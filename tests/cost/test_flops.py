@@ -67,7 +67,7 @@ def test_a_step_agrees_with_the_compiler(model):
         compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile()
     finally:
         jax.config.update("jax_disable_most_optimizations", quick)
-    assert cost.step_flops(config) == pytest.approx(compiled.cost_analysis()["flops"], rel=0.02)
+    assert cost.step_flops(config, "cpu") == pytest.approx(compiled.cost_analysis()["flops"], rel=0.02)
 
 
 def test_a_hand_counted_dense_model():

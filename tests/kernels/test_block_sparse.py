@@ -163,10 +163,12 @@ def test_the_platform_decides_while_lowering():
 
 
 def test_a_tpu_needs_blocks_of_whole_registers():
-    block_sparse_tpu.check_tpu_block(256, "block")
-    for block, fit in ((64, 128), (200, 256)):
+    block_sparse_tpu.check_tpu_block(256, (512, 2048), "block")
+    for block, widths, fit in ((64, (512, 2048), 128), (200, (512, 2048), 256), (200, (640, 1920), 128)):
         with pytest.raises(UserError, match=f"model.layout.options.block is {block}; .* nearest is {fit}$"):
-            block_sparse_tpu.check_tpu_block(block, "model.layout.options.block")
+            block_sparse_tpu.check_tpu_block(block, widths, "model.layout.options.block")
+    with pytest.raises(UserError, match="is 160; a TPU needs a multiple of 128 that divides 320 and 1280; there is no"):
+        block_sparse_tpu.check_tpu_block(160, (320, 1280), "block")
 
 
 ON_A_MESH = """
@@ -175,6 +177,8 @@ from sparse_lm import config as configs
 from sparse_lm.kernels.block_sparse import block_sparse_matmul, reference
 from sparse_lm.layouts import from_mask
 from sparse_lm.mesh import make_mesh, sharding
+from sparse_lm.training.build import build
+from tests import tiny
 from tests.kernels.test_block_sparse import BLOCK, by_vjp, drawn, holes
 
 layout = from_mask(holes(), BLOCK)
@@ -192,6 +196,19 @@ for actual, wanted in zip(found, expected):
 assert found[0].sharding.is_equivalent_to(batch, 3) and found[1].sharding.is_equivalent_to(batch, 3)
 text = program.as_text()
 assert "all-gather" not in text and text.count("all-reduce(") == 1
+
+fields = dict(model__layout=configs.choice("small_world", density=0.5, block=4), training__batch=8)
+losses = []
+for sizes in (dict(data=1), dict(data=2, fsdp=2, tensor=2)):
+    config = tiny.config(**fields, model__kv_heads=2)
+    made = build(config, make_mesh(configs.Mesh(**sizes), jax.devices()[: 8 if len(sizes) > 1 else 1]))
+    batch = tiny.batch(config, padding=(0, 3, 7, 1) * 2)
+    batch = jax.device_put(batch, jax.tree.map(lambda leaf: leaf.sharding, made.abstract_batch))
+    state = made.init()
+    for _ in range(2):
+        state, metrics = made.step(state, batch)
+    losses.append(float(metrics["loss"]))
+np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 """
 
 

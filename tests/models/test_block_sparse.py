@@ -10,8 +10,10 @@ from sparse_lm import config as configs
 from sparse_lm import cost
 from sparse_lm.errors import UserError
 from sparse_lm.layouts import layout
+from sparse_lm.mesh import make_mesh
 from sparse_lm.models import functional
 from sparse_lm.models.feed_forward import FeedForward
+from sparse_lm.training.build import build
 from tests import tiny
 
 LAYOUT = configs.choice("small_world", density=0.25, block=4)
@@ -85,3 +87,14 @@ def test_optimizer_memory_shrinks_with_the_density(algorithm):
 def test_what_does_not_fit_is_refused(fields, words):
     with pytest.raises(UserError, match=words):
         functional(tiny.config(**FIELDS | fields).model)
+
+
+def test_fsdp_divides_what_is_stored_of_each_block():
+    config = tiny.config(**FIELDS, model__width=32, training__batch=8)
+    made = build(config, make_mesh(configs.Mesh(data=2, fsdp=4), jax.devices()[:1] * 8))
+    into = made.abstract_state.parameters["period"][1]["feed_forward"]["into"]
+    assert into.shape[-3:] == (32, 4, 4) and into.sharding.shard_shape(into.shape)[-3:] == (32, 1, 4)
+    whole, local = cost.memory(config).optimizer, cost.memory(config, configs.Mesh(data=2, fsdp=4)).optimizer
+    assert local < 0.4 * whole
+    with pytest.raises(UserError, match="model.layout.options.block is 4, which mesh.fsdp=8 does not divide"):
+        build(config, make_mesh(configs.Mesh(data=1, fsdp=8), jax.devices()[:1] * 8))

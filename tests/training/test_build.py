@@ -244,6 +244,6 @@ def test_a_block_that_a_tpu_cannot_tile():
     )
     with pytest.raises(UserError) as raised:
         build(config, mesh)
-    answer = "model.layout.options.block is 8; a TPU needs a multiple of 128, the nearest is 128"
+    answer = "model.layout.options.block is 8; a TPU needs a multiple of 128 that divides 16 and 64; there is none"
     assert str(raised.value) == answer
     build(config, make_mesh(config.mesh, jax.devices()[:1]))  # a CPU can
