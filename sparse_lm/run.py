@@ -50,10 +50,8 @@ def train(config: configs.Config, workdir: str, init_from: str = "") -> dict[str
         signal, watchdog = enter(StopSignal()), enter(Watchdog(config.training.watchdog))
         use_compilation_cache(config)
         program = build(config, make_mesh(config.mesh))
-        if config.model.experts and config.model.executor == "auto" and not skips_layers(config.model):
-            on = lambda factor: executor(config.model, program.mesh.devices.flat[0].platform, factor)
-            training, evaluation = on(config.model.capacity_factor), on(config.model.eval_capacity_factor)
-            log.info("experts are computed by %s in training, by %s in evaluation", training, evaluation)
+        if config.model.experts and not skips_layers(config.model):
+            _log_executor(config.model, program.mesh)
         if ahead := leak(config.model, config.model.capacity_factor, training=True):
             log.info("in training the routing looks ahead: %s", ahead)
         watchdog.beat("preparing the data")
@@ -234,6 +232,19 @@ def same_corpus(config: configs.Config, workdir: str) -> data.Corpus:
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+
+
+def _log_executor(model: configs.Model, mesh: jax.sharding.Mesh) -> None:
+    factors = (model.capacity_factor, model.eval_capacity_factor)
+    training, evaluation = (executor(model, mesh.devices.flat[0].platform, factor) for factor in factors)
+    if model.executor == "auto":
+        log.info("experts are computed by %s in training, by %s in evaluation", training, evaluation)
+    if training == "grouped" and mesh.shape["expert"] > 1 and math.isinf(model.exchange_buffer):
+        log.info(
+            "each device has room for all rows of the %d that exchange theirs; a model.exchange_buffer of 2, say, "
+            "leaves it room for twice an even share",
+            mesh.shape["expert"],
+        )
 
 
 def _devices() -> dict[str, Any]:

@@ -38,14 +38,15 @@ def _experts(x, choice, experts, capacity):
     groups, size, width = x.shape
     with jax.named_scope("dispatch"):
         token = jnp.where(choice.token < 0, size, choice.token).reshape(groups, -1)
-        sent = jnp.take_along_axis(x, token[..., None], axis=1, mode="fill", fill_value=0)
-        sent = sent.reshape(*choice.token.shape, width).swapaxes(0, 1)
+        # In float32, since the gradient adds up what several experts give back of a token.
+        sent = jnp.take_along_axis(x.astype(jnp.float32), token[..., None], axis=1, mode="fill", fill_value=0)
+        sent = sent.astype(x.dtype).reshape(*choice.token.shape, width).swapaxes(0, 1)
     returned = by_place(experts, sent)
     with jax.named_scope("combine"):
-        rows = (returned * choice.weight.swapaxes(0, 1)[..., None].astype(x.dtype)).swapaxes(0, 1)
-        add = lambda rows, token: jnp.zeros((size, width), x.dtype).at[token].add(rows, mode="drop")
+        rows = returned.swapaxes(0, 1).astype(jnp.float32) * choice.weight[..., None]
+        add = lambda rows, token: jnp.zeros((size, width)).at[token].add(rows, mode="drop")
         y = jax.vmap(add)(rows.reshape(groups, -1, width), token)
-    return y, jnp.zeros(())
+    return y.astype(x.dtype), jnp.zeros(())
 
 
 gather = Executor(run, (TokenChoice, ExpertChoice))

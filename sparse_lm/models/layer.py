@@ -90,7 +90,7 @@ class ExpertLayer(nnx.Module):
         capacity = configs.capacity(size, model.experts, model.top_k, context.capacity_factor)
         # Outside training nothing may overflow: what is lost depends on later tokens and on other rows.
         buffer = math.inf if key is None else model.exchange_buffer
-        passed = model.top_k if self.router.form is TokenChoice else model.experts
+        passed = model.top_k if isinstance(routing.choice, TokenChoice) else model.experts
         experts = Experts(*self.experts.weights(x.dtype), self.experts.layer, drop_key, buffer, passed)
         y, dropped = EXECUTORS[self.executor].run(inputs[0], routing.choice, experts, capacity)
         y = constrain(y.reshape(x.shape), "batch", None, None)

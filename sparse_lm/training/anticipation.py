@@ -24,7 +24,7 @@ from sparse_lm.mesh import sharding
 from sparse_lm.routing import ROUTERS, Given, SoftSlots
 
 AHEAD = "ahead"  # the item of a step's batch that is the batch of Δ steps later
-DECAY = 0.99  # of the running mean of the loss, per step
+DECAY = 0.9  # of the running mean of the loss, per step: one that lags behind a falling loss hides a spike
 
 
 class Anticipation(NamedTuple):

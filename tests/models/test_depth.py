@@ -66,6 +66,18 @@ def test_the_chosen_tokens_pass_and_the_others_leave_as_they_came(padding):
     assert aux.statistics["load"] == sum(min(C, LENGTH - p) for p in padding)
 
 
+def test_tokens_that_are_routed_alone_do_not_see_later_ones():
+    layer, valid = made(), np.ones((ROWS, LENGTH), bool)
+    x = np.random.default_rng(0).normal(size=(ROWS, LENGTH, D)).astype(np.float32)
+    alone = context(valid)._replace(alone=True, cache_start=jnp.int32(0))
+    y, (aux, cache) = layer(jnp.asarray(x), alone)
+    assert cache is None and 0 < (aux.chosen >= 0).sum() < ROWS * LENGTH
+    later, _ = layer(jnp.asarray(x).at[:, 8:].set(1), alone)
+    tiny.equal(later[:, :8], y[:, :8])
+    cached, _ = layer(jnp.asarray(x), alone, cache=layer.init_cache(ROWS, LENGTH))
+    tiny.close(cached, y)
+
+
 def test_the_router_learns_to_tell_the_chosen_from_the_others():
     program = tiny.built(**DEPTH, optimizer__learning_rate=0.02)
     state = program.init()

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparse_lm import config as configs
 from sparse_lm.experts import EXECUTORS
+from sparse_lm.experts.executor import Executor
+from sparse_lm.experts.gather import gather
 from sparse_lm.models.layer import Context, ExpertLayer, Layer, RMSNorm
 from tests import tiny
 from tests.oracles import moe
@@ -120,3 +123,19 @@ def test_rms_norm():
     expected = [[v / np.sqrt((v**2).sum() / D + 1e-6) * scale for v in row] for row in x]
     tiny.close(norm(jnp.asarray(x, jnp.float32)), np.array(expected))
     assert norm(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_alone_a_token_passes_the_experts_that_it_chooses(monkeypatch):
+    """Where experts choose, in training as many as there are; in generation top_k, by which `auto` goes."""
+    model = tiny.config(model__experts=E, model__top_k=2, model__router=configs.choice("expert_choice")).model
+    made, passed = ExpertLayer(model, nnx.Rngs(params=0)), []
+
+    def run(x, choice, experts, capacity):
+        passed.append(experts.passed)
+        return gather.run(x, choice, experts, capacity)
+
+    monkeypatch.setitem(EXECUTORS, "auto", Executor(run, ()))
+    for alone in (False, True):
+        of = context(np.ones((ROWS, LENGTH), bool), math.inf)._replace(alone=alone)
+        made(jnp.ones((ROWS, LENGTH, D)), of, {}, None, None)
+    assert passed == [E, 2]

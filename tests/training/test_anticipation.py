@@ -180,7 +180,7 @@ def test_a_spike_is_a_loss_above_the_running_mean_or_not_finite():
         spike = not math.isfinite(value) or (mean is not None and value > mean + 1.0)
         left = 3 if spike else max(left - 1, 0)
         if math.isfinite(value):
-            mean = value if mean is None else 0.99 * mean + 0.01 * value
+            mean = value if mean is None else 0.9 * mean + 0.1 * value
         state = after(state, step, value)
         assert int(state.left) == left and float(state.mean) == pytest.approx(mean, rel=1e-6)
     assert made == {6: 4, 7: 5, 8: 6, 9: 7, 10: 8, 13: 11}
