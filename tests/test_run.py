@@ -1,6 +1,7 @@
 """The main job on a small text: training, continuing, comparing, replaying."""
 
 import json
+import math
 import pathlib
 import random
 
@@ -11,6 +12,7 @@ import pytest
 from sparse_lm import config as configs
 from sparse_lm import replay, run
 from sparse_lm.errors import RunFailed, UserError
+from sparse_lm.mesh import make_mesh
 from sparse_lm.scaling.compare import compare
 from sparse_lm.training.checkpoints import Checkpoints
 from sparse_lm.training.run_folder import read_info, read_rows
@@ -96,6 +98,15 @@ def test_a_continued_run_is_the_uninterrupted_one(config, tmp_path, router):
     assert strip(read_rows(tmp_path / "other", "metrics")) == strip(read_rows(tmp_path / "whole", "metrics"))
     begun = whole.program.functional.init_router_state()
     assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (begun, whole.router)), strict=True))
+
+
+def test_a_run_says_how_much_room_an_exchange_takes(caplog):
+    caplog.set_level("INFO", "sparse_lm")
+    mesh = make_mesh(configs.Mesh(data=1, expert=8), jax.devices()[:1] * 8)
+    for buffer in (math.inf, 2.0):
+        run._log_executor(tiny.config(model__experts=8, model__exchange_buffer=buffer).model, mesh)
+    (said,) = [line for line in caplog.messages if "room" in line]
+    assert said.startswith("each device has room for all rows of the 8 that exchange theirs; a model.exchange_buffer")
 
 
 def test_what_a_run_says_of_its_routing(config, tmp_path, caplog):
