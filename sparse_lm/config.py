@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from sparse_lm.errors import UserError, nearest
+from sparse_lm.errors import UserError, nearest, nearest_divisor
 
 
 class Node:
@@ -308,7 +308,7 @@ def _check_fit(config: Config) -> None:
 def _divides(what: str, value: int, by: str, divisor: int) -> None:
     """Raises unless value is a multiple of divisor, naming the nearest divisor that would do."""
     if value % divisor:
-        fitting = min((d for d in range(1, value + 1) if value % d == 0), key=lambda d: abs(d - divisor))
+        fitting = nearest_divisor(divisor, value)
         raise UserError(f"{by} is {divisor}, which does not divide {what} {value}; the nearest that does is {fitting}")
 
 

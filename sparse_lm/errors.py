@@ -1,6 +1,7 @@
-"""The exceptions that a command answers with one line, and the nearest valid name."""
+"""The exceptions that a command answers with one line, and the nearest valid name or number."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -25,3 +26,10 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(valid)}"
+
+
+def nearest_divisor(near: int, *values: int, multiple: int = 1) -> int | None:
+    """The number closest to `near` that divides all values and is a multiple of `multiple`; None where none is."""
+    common = math.gcd(*values)
+    divisors = (d for d in range(multiple, common + 1, multiple) if common % d == 0)
+    return min(divisors, key=lambda d: abs(d - near), default=None)

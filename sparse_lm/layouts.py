@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from sparse_lm.config import Choice
-from sparse_lm.errors import UserError
+from sparse_lm.errors import UserError, nearest_divisor
 from sparse_lm.registry import create
 
 
@@ -170,8 +170,7 @@ def layout(choice: Choice, width_in: int, width_out: int, what: str) -> Layout:
     pattern = create(what, LAYOUTS, choice)
     block, density, at = pattern.block, pattern.density, f"{what}.options"
     if block < 1 or width_in % block or width_out % block:
-        common = math.gcd(width_in, width_out)
-        fit = min((d for d in range(1, common + 1) if common % d == 0), key=lambda d: abs(d - block))
+        fit = nearest_divisor(block, width_in, width_out)
         matrix = f"a matrix of {width_in} × {width_out}"
         raise UserError(f"{at}.block is {block}, which does not divide {matrix}; the nearest that does is {fit}")
     if not 0 < density <= 1:

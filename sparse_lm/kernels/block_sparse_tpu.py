@@ -5,7 +5,6 @@ writes. Blocks that add up to one part of the result come one after another, so 
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from sparse_lm.errors import UserError
+from sparse_lm.errors import UserError, nearest_divisor
 from sparse_lm.layouts import Layout
 
 LANES = 128  # the width of a vector register: what lies side by side is cut at its multiples
@@ -25,10 +24,9 @@ TILE_TOKENS = 1024  # at most
 def check_tpu_block(block: int, widths: tuple[int, int], what: str) -> None:
     """Raises `UserError` for a size of blocks of a matrix, set at the field `what`, that a TPU can't tile."""
     if block % LANES:
-        common = math.gcd(*widths)
-        fits = [size for size in range(LANES, common + 1, LANES) if common % size == 0]
         that = "a multiple of {} that divides {} and {}".format(LANES, *widths)
-        found = f"the nearest is {min(fits, key=lambda size: abs(size - block))}" if fits else "there is none"
+        fit = nearest_divisor(block, *widths, multiple=LANES)
+        found = f"the nearest is {fit}" if fit else "there is none"
         raise UserError(f"{what} is {block}; a TPU needs {that}; {found}")
 
 
