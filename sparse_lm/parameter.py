@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparse_lm.mesh import constrain
+from sparse_lm.mesh import RULES, constrain
 
 # Standard deviation of a normal distribution cut off at two of its own.
 _TRUNCATED = 0.87962566103423978
@@ -24,8 +24,7 @@ def ones(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
 
 
 def weight(parameter: nnx.Param, dtype: str | jnp.dtype) -> jax.Array:
-    """The parameter in the dtype of the computation, whole along what fsdp divides: the width, or each block, to store
-    it only.
+    """The parameter in the dtype of the computation, whole along the axes that fsdp alone divides, to store it only.
 
     Without this the partitioner may divide activations by width instead, which it then can't lay out again cheaply.
     """
@@ -35,4 +34,4 @@ def weight(parameter: nnx.Param, dtype: str | jnp.dtype) -> jax.Array:
 def weight_axes(parameter: nnx.Param) -> tuple[str | None, ...]:
     """The axes of `weight` in one layer."""
     axes = [axis for axis in parameter.get_metadata("axes") if axis != "layers"]
-    return tuple(None if axis in ("width", "block_in") else axis for axis in axes)
+    return tuple(None if RULES[axis] == ("fsdp",) else axis for axis in axes)
