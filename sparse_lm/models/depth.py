@@ -46,7 +46,11 @@ class SkippedLayer(nnx.Module):
         cache: SparseCache | None = None,
     ) -> tuple[Float[Array, "B L D"], tuple[Aux, SparseCache | None]]:
         if context.alone:
-            return self._alone(x, context, state, cache)
+            if cache is not None:
+                return self._alone(x, context, state, cache)
+            unkept, start = self.init_cache(*x.shape[:2]), jnp.zeros((), jnp.int32)
+            x, (aux, _) = self._alone(x, context._replace(cache_start=start), state, unkept)
+            return x, (aux, None)
         route_key, layer_key = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("router"):
             inputs = (x, context.ids, context.valid, state, route_key)
@@ -72,15 +76,16 @@ class SkippedLayer(nnx.Module):
 
     def _alone(self, x, context, state, cache):
         routing = self.router.route_alone(x, context.ids, context.valid, state)
-        seen = passes = routing.choice.token.reshape(x.shape[:2]) >= 0
-        if cache is not None:
-            here = jnp.broadcast_to(passes[..., None, None], (*passes.shape, *cache.passed.shape[2:]))
-            cache = cache._replace(
-                passed=jax.lax.dynamic_update_slice_in_dim(cache.passed, here, context.cache_start, axis=1)
-            )
-            seen = cache.passed[:, :, 0, 0]
-        context = context._replace(mask=context.mask & seen[:, None])
-        y, (_, stored) = self.layer(x, context, cache=None if cache is None else cache.stored)
+        passes = routing.choice.token.reshape(x.shape[:2]) >= 0
+        heads = cache.passed.shape[2]
+        passed = jax.lax.dynamic_update_slice_in_dim(
+            cache.passed,
+            jnp.broadcast_to(passes[..., None, None], (*passes.shape, heads, 1)),
+            context.cache_start,
+            axis=1,
+        )
+        context = context._replace(mask=context.mask & passed[:, None, :, 0, 0])
+        y, (_, stored) = self.layer(x, context, cache=cache.stored)
         weight = jnp.where(passes, routing.choice.weight.reshape(passes.shape), 0)[..., None].astype(x.dtype)
         aux = Aux(routing.losses, routing.statistics | {"dropped": jnp.zeros(())}, chosen(routing.choice))
-        return x + weight * (y - x), (aux, None if cache is None else cache._replace(stored=stored))
+        return x + weight * (y - x), (aux, SparseCache(stored, passed))
