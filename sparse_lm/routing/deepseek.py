@@ -33,8 +33,8 @@ class DeepSeek(LearnedRouter):
     in the weights.
 
     score: sigmoid (V3), sqrt_softplus (V4) or softmax (DeepSeekMoE, V2) of the logits.
-    normalize: weights are the scores of the chosen experts over their sum (equation 13); without it, and
-        always for one expert per token, the scores.
+    normalize: weights are the scores of the chosen experts over their sum (equation 13); without it, and always for one
+        expert per token, the scores.
     scale: what weights are multiplied with, the routed scaling factor of the published models (V3: 2.5).
     groups, groups_kept: node-limited routing. The experts stand in `groups` equal groups, and a token chooses among
         those of the `groups_kept` groups whose two best s + b have the largest sums, as in DeepSeek's code; the paper

@@ -238,10 +238,9 @@ def test_every_router_trains_and_its_state_moves_in_training_alone(name):
 @pytest.mark.parametrize("name", ["topk", "quantile", "deepseek"])
 def test_the_weight_of_one_expert_of_several_is_its_score(name):
     """A normalized weight would be 1, and the router would learn nothing."""
-    fields = {"router": configs.choice(name), "top_k": 1}
     choices = []
     for normalize in (True, False):
-        model = table.config(name, **fields | {"router": configs.choice(name, normalize=normalize)}).model
+        model = table.config(name, router=configs.choice(name, normalize=normalize), top_k=1).model
         made = create("model.router", ROUTERS, model.router, model, nnx.Rngs(params=0))
         x = jax.random.normal(jax.random.key(0), (2, 16, model.width))
         ids, valid = jnp.zeros((2, 16), jnp.int32), jnp.ones((2, 16), bool)
