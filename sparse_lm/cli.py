@@ -86,11 +86,11 @@ def _generate_flags(values: flags.FlagValues) -> None:
 
 
 def _train(options: flags.FlagValues) -> None:
-    from sparse_lm import run
+    from sparse_lm import runs
 
     config = resolve(options.config)
     workdir = options.workdir or f"runs/{config.name or 'run'}"
-    summary = run.train(config, workdir, options.init_from)
+    summary = runs.train(config, workdir, options.init_from)
     if not _primary():
         return
     for split, measured in summary["evaluation"].items():
@@ -104,9 +104,9 @@ def _train(options: flags.FlagValues) -> None:
 
 
 def _evaluate(options: flags.FlagValues) -> None:
-    from sparse_lm import run
+    from sparse_lm import runs
 
-    measured = run.evaluate(_workdir(options), options.step, options.capacity_factor)
+    measured = runs.evaluate(_workdir(options), options.step, options.capacity_factor)
     if _primary():
         print(json.dumps(measured, indent=2))
         if measured["leak"]:
@@ -114,7 +114,7 @@ def _evaluate(options: flags.FlagValues) -> None:
 
 
 def _compare(options: flags.FlagValues, runs: list[str]) -> None:
-    from sparse_lm import run
+    from sparse_lm import runs
     from sparse_lm.scaling.compare import compare, compare_runs
     from sparse_lm.scaling.report import summary
 
@@ -123,20 +123,20 @@ def _compare(options: flags.FlagValues, runs: list[str]) -> None:
         return
     config = resolve(options.config)
     workdir = options.workdir or f"runs/compare-{config.name or 'run'}"
-    result = compare(config, run.train, workdir, options.seeds, options.sweep_learning_rate, options.price_per_hour)
+    result = compare(config, runs.train, workdir, options.seeds, options.sweep_learning_rate, options.price_per_hour)
     if _primary():
         print(f"{summary(result)}\n\nwritten: {workdir}/comparison.md, comparison.json and comparison.png")
 
 
 def _generate(options: flags.FlagValues) -> None:
-    from sparse_lm import run
+    from sparse_lm import runs
     from sparse_lm.routing import ROUTERS
     from sparse_lm.serving import Generator, Sampling, beyond_training, generate_folder, stream_text
 
     if bool(options.prompt) == bool(options.prompts) or bool(options.prompts) != bool(options.out):
         raise UserError("give --prompt=TEXT, or --prompts=FOLDER and --out=FILE.jsonl, and not both")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    model = run.load(_workdir(options), options.step)
+    model = runs.load(_workdir(options), options.step)
     tokenizer = model.corpus.tokenizer
     generator = Generator(
         model.config.model,
@@ -185,7 +185,7 @@ def _profile(options: flags.FlagValues) -> None:
 
 
 def _replay(options: flags.FlagValues) -> None:
-    from sparse_lm import replay
+    from sparse_lm.runs import replay
 
     if options.step is None:
         raise UserError("--step=N is missing, the step to run again")

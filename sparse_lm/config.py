@@ -110,7 +110,7 @@ class Model(Node):
         return self.expert_width if self.is_expert_layer(layer) else self.ffn_width
 
 
-def capacity(tokens: int, experts: int, top_k: int, factor: float) -> int:
+def compute_capacity(tokens: int, experts: int, top_k: int, factor: float) -> int:
     """Places per expert and group, C: an even share of the choices times the factor, rounded up, at most all tokens.
 
     Fedus et al. 2021, equation 3. Rounded up, so that a factor of 1 always has a place for every choice of an even

@@ -16,7 +16,7 @@ from sparse_lm import config as configs
 from sparse_lm.mesh import make_mesh, sharding
 from sparse_lm.models.layer import Context, ExpertLayer
 from sparse_lm.routing.losses import by_region
-from sparse_lm.training.build import build
+from sparse_lm.step.build import build
 from tests import tiny
 
 MESHES = {

@@ -10,7 +10,7 @@ import sparse_lm
 ROOT = pathlib.Path(sparse_lm.__file__).parent
 ORDER = (
     "errors config registry layouts command_line cost host_memory mesh parameter data kernels routing experts models "
-    "training serving scaling run replay profile cli __main__"
+    "step serving runs scaling profile cli __main__"
 ).split()
 
 
@@ -50,5 +50,6 @@ def test_config_and_cost_need_no_jax():
 
 
 def test_nothing_imports_tensorflow_or_torch():
-    code = "import sys, sparse_lm.run, sparse_lm.replay; sys.exit(bool({'tensorflow', 'torch'} & set(sys.modules)))"
+    modules = "sparse_lm.runs.train, sparse_lm.runs.replay"
+    code = f"import sys, {modules}; sys.exit(bool({{'tensorflow', 'torch'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

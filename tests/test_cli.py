@@ -143,7 +143,7 @@ def test_a_folder_that_another_process_writes_to(capsys, config, tmp_path):
     command = ["train", f"--config={config}", f"--workdir={tmp_path}/run", "--config.training.steps=5"]
     commands.run(*command)
     holder = (
-        "import time; from sparse_lm.training.run_folder import RunFolder, read_config, read_info; "
+        "import time; from sparse_lm.runs.folder import RunFolder, read_config, read_info; "
         f"p = '{tmp_path}/run'; f = RunFolder(p, read_config(p), read_info(p)); "
         "print('held', flush=True); time.sleep(99)"
     )

@@ -26,8 +26,8 @@ from sparse_lm.cost.twin import twin
 from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.mesh import make_mesh
 from sparse_lm.profile.measure import random_batch
-from sparse_lm.training.build import build
-from sparse_lm.training.loss import loss
+from sparse_lm.step.build import build
+from sparse_lm.step.loss import loss
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from sparse_lm.config import Model, capacity
+from sparse_lm.config import Model, compute_capacity
 from sparse_lm.cost.automatic import automatic
 
 # The form of a router's choice where it is not that tokens choose experts, as `form` of the classes in `routing`.
@@ -37,7 +37,7 @@ def router_arrays(model: Model) -> dict[str, tuple[int, ...]]:
 
 def places_per_expert(model: Model) -> int:
     """C, in training."""
-    return capacity(model.group_size, model.experts, model.top_k, model.capacity_factor)
+    return compute_capacity(model.group_size, model.experts, model.top_k, model.capacity_factor)
 
 
 def experts_per_token(model: Model) -> float:
@@ -58,7 +58,7 @@ def executor(model: Model, platform: str, capacity_factor: float | None = None) 
         size=model.group_size,
         experts=model.experts,
         top_k=model.top_k,
-        capacity=capacity(model.group_size, model.experts, model.top_k, factor),
+        capacity=compute_capacity(model.group_size, model.experts, model.top_k, factor),
         width=model.expert_width,
     )
 

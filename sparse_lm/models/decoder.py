@@ -63,14 +63,14 @@ class Decoder(nnx.Module):
         context: Context,
         router_state: Any,
         key: jax.Array | None = None,
-        given: Any = None,
+        replay: Any = None,
         caches: Any = None,
     ) -> Output:
         """Logits of the next token at every position.
 
         router_state: what `Functional.init_router_state` gave, or a later one. key: turns on what training does at
-        random (jitter, dropout). given: `Aux.chosen` of an earlier pass, to take instead of the routers' own choice; or
-        a `routing.Given` of it, with `on` [n], to be known only when it runs.
+        random (jitter, dropout). replay: `Aux.chosen` of an earlier pass, to take instead of the routers' own choice; or
+        a `routing.Replay` of it, with `on` [n], to be known only when it runs.
         caches: keys and values of the layers, as `Functional.init_caches` makes them.
         """
         model = self.model
@@ -92,12 +92,12 @@ class Decoder(nnx.Module):
         graphs, parameters = zip(*(nnx.split(layer) for layer in self.period))
 
         def period(x, inputs):
-            parameters, state, key, given, caches = inputs
+            parameters, state, key, replay, caches = inputs
             keys = [None] * len(graphs) if key is None else jax.random.split(key, len(graphs))
             caches = [None] * len(graphs) if caches is None else caches
             new_caches = []
             for graph, weights, layer_key, cache in zip(graphs, parameters, keys, caches):
-                x, (aux, cache) = nnx.merge(graph, weights)(x, context, state, layer_key, given, cache)
+                x, (aux, cache) = nnx.merge(graph, weights)(x, context, state, layer_key, replay, cache)
                 new_caches.append(cache)
             return x, (aux, new_caches)  # the expert layer is the last of a period
 
@@ -105,7 +105,7 @@ class Decoder(nnx.Module):
         x, (aux, new_period) = jax.lax.scan(
             _remat(period, model.remat, scanned=model.scan),
             x,
-            (parameters, router_state, period_keys, given, period_caches),
+            (parameters, router_state, period_keys, replay, period_caches),
             length=model.periods,
             unroll=1 if model.scan else model.periods,
         )

@@ -12,7 +12,7 @@ from sparse_lm import config as configs
 from sparse_lm.models.attention import Cache
 from sparse_lm.models.layer import Aux, Context, Layer
 from sparse_lm.registry import create
-from sparse_lm.routing import ROUTERS, Given, chosen, taken
+from sparse_lm.routing import ROUTERS, Replay, chosen_indices, indices_to_replay
 
 
 class SparseCache(NamedTuple):
@@ -42,7 +42,7 @@ class SkippedLayer(nnx.Module):
         context: Context,
         state: Any = None,
         key: jax.Array | None = None,
-        given: jax.Array | Given | None = None,
+        replay: jax.Array | Replay | None = None,
         cache: SparseCache | None = None,
     ) -> tuple[Float[Array, "B L D"], tuple[Aux, SparseCache | None]]:
         if context.alone:
@@ -54,8 +54,8 @@ class SkippedLayer(nnx.Module):
         route_key, layer_key = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("router"):
             inputs = (x, context.ids, context.valid, state, route_key)
-            given = taken(given, lambda: self.router.route(*inputs))
-            choice, losses, statistics = self.router.route(*inputs, given)
+            replay = indices_to_replay(replay, lambda: self.router.route(*inputs))
+            choice, losses, statistics = self.router.route(*inputs, replay)
         token, here = choice.token[:, 0], choice.token[:, 0] >= 0
         take = lambda t: jnp.take_along_axis(
             t, jnp.maximum(token, 0).reshape(*token.shape, *[1] * (t.ndim - 2)), axis=1
@@ -72,7 +72,7 @@ class SkippedLayer(nnx.Module):
         y, _ = self.layer(inside, among, None, layer_key)
         change = jnp.where(here[..., None], choice.weight[:, 0, :, None].astype(x.dtype) * (y - inside), 0)
         x = jax.vmap(lambda row, index, change: row.at[index].add(change))(x, jnp.maximum(token, 0), change)
-        return x, (Aux(losses, statistics | {"dropped": jnp.zeros(())}, chosen(choice)), None)
+        return x, (Aux(losses, statistics | {"dropped": jnp.zeros(())}, chosen_indices(choice)), None)
 
     def _alone(self, x, context, state, cache):
         routing = self.router.route_alone(x, context.ids, context.valid, state)
@@ -87,5 +87,5 @@ class SkippedLayer(nnx.Module):
         context = context._replace(mask=context.mask & passed[:, None, :, 0, 0])
         y, (_, stored) = self.layer(x, context, cache=cache.stored)
         weight = jnp.where(passes, routing.choice.weight.reshape(passes.shape), 0)[..., None].astype(x.dtype)
-        aux = Aux(routing.losses, routing.statistics | {"dropped": jnp.zeros(())}, chosen(routing.choice))
+        aux = Aux(routing.losses, routing.statistics | {"dropped": jnp.zeros(())}, chosen_indices(routing.choice))
         return x + weight * (y - x), (aux, SparseCache(stored, passed))

@@ -16,7 +16,7 @@ from sparse_lm.models.attention import Attention, Cache
 from sparse_lm.models.feed_forward import DENSE, FeedForward, dropout
 from sparse_lm.parameter import ones
 from sparse_lm.registry import create, lookup
-from sparse_lm.routing import ROUTERS, Given, Router, TokenChoice, chosen, taken
+from sparse_lm.routing import ROUTERS, Replay, Router, TokenChoice, chosen_indices, indices_to_replay
 
 
 class Context(NamedTuple):
@@ -36,7 +36,7 @@ class Aux(NamedTuple):
 
     losses: dict[str, Float[Array, ""]]
     statistics: dict[str, jax.Array]
-    chosen: Any  # what `routing.chosen` says; given back to a forward pass, it replays the routing
+    chosen: Any  # what `routing.chosen_indices` says; a forward pass can replay it
 
 
 class RMSNorm(nnx.Module):
@@ -74,7 +74,7 @@ class ExpertLayer(nnx.Module):
         context: Context,
         state: Any,
         key: jax.Array | None,
-        given: jax.Array | Given | None,
+        replay: jax.Array | Replay | None,
     ) -> tuple[Float[Array, "B L D"], Aux]:
         model = self.model
         route_key, drop_key = (None, None) if key is None else jax.random.split(key)
@@ -85,9 +85,9 @@ class ExpertLayer(nnx.Module):
             if context.alone:
                 routing = self.router.route_alone(*inputs)
             else:
-                given = taken(given, lambda: self.router.route(*inputs, route_key))
-                routing = self.router.route(*inputs, route_key, given)
-        capacity = configs.capacity(size, model.experts, model.top_k, context.capacity_factor)
+                replay = indices_to_replay(replay, lambda: self.router.route(*inputs, route_key))
+                routing = self.router.route(*inputs, route_key, replay)
+        capacity = configs.compute_capacity(size, model.experts, model.top_k, context.capacity_factor)
         # Outside training nothing may overflow: what is lost depends on later tokens and on other rows.
         buffer = math.inf if key is None else model.exchange_buffer
         passed = model.top_k if isinstance(routing.choice, TokenChoice) else model.experts
@@ -97,7 +97,7 @@ class ExpertLayer(nnx.Module):
         if self.shared is not None:
             with jax.named_scope("feed_forward"):
                 y += self.shared(x)
-        return y, Aux(routing.losses, routing.statistics | {"dropped": dropped}, chosen(routing.choice))
+        return y, Aux(routing.losses, routing.statistics | {"dropped": dropped}, chosen_indices(routing.choice))
 
 
 def _check_executor(model: configs.Model, router: Router) -> None:
@@ -140,7 +140,7 @@ class Layer(nnx.Module):
         context: Context,
         state: Any = None,
         key: jax.Array | None = None,
-        given: jax.Array | Given | None = None,
+        replay: jax.Array | Replay | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B L D"], tuple[Aux | None, Cache | None]]:
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
@@ -149,7 +149,7 @@ class Layer(nnx.Module):
             y, cache = self.attention(self.attention_norm(x), context.positions, context.mask, cached)
         x += dropout(y, self.dropout, keys[0])
         if self.sparse:
-            y, aux = self.feed_forward(self.feed_forward_norm(x), context, state, keys[1], given)
+            y, aux = self.feed_forward(self.feed_forward_norm(x), context, state, keys[1], replay)
         else:
             with jax.named_scope("feed_forward"):
                 y, aux = self.feed_forward(self.feed_forward_norm(x)), None

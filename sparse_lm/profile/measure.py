@@ -22,7 +22,7 @@ from sparse_lm.errors import UserError
 from sparse_lm.mesh import make_mesh
 from sparse_lm.profile import program, timeline
 from sparse_lm.profile.program import PARTS, REST, Place
-from sparse_lm.training.build import Build, build
+from sparse_lm.step.build import Build, build
 
 # The part that a name of `cost.flops` belongs to, where it is another.
 FLOPS_OF = {

@@ -7,7 +7,7 @@ from sparse_lm import config as configs
 from sparse_lm import cost
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import make_mesh
-from sparse_lm.training.build import build
+from sparse_lm.step.build import build
 from tests.cost.dots import dot_flops, gradient_program
 
 SPARSE = {"experts": 4, "capacity_factor": 1.25}

@@ -10,7 +10,7 @@ from sparse_lm.cost.arrays import DIVIDED_OVER, arrays
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import AXES, RULES
 from sparse_lm.models import functional
-from sparse_lm.training.optimizer import make_optimizer
+from sparse_lm.step.optimizer import make_optimizer
 
 
 def make(algorithm="adamw", **model):

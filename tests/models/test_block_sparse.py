@@ -13,7 +13,7 @@ from sparse_lm.layouts import layout
 from sparse_lm.mesh import make_mesh
 from sparse_lm.models import functional
 from sparse_lm.models.feed_forward import FeedForward
-from sparse_lm.training.build import build
+from sparse_lm.step.build import build
 from tests import tiny
 
 LAYOUT = configs.choice("small_world", density=0.25, block=4)

@@ -16,7 +16,7 @@ from sparse_lm.models import functional
 from sparse_lm.models.depth import SkippedLayer
 from sparse_lm.models.layer import Context
 from sparse_lm.serving.generate import cached_logits
-from sparse_lm.training.build import build
+from sparse_lm.step.build import build
 from tests import tiny
 
 ROWS, LENGTH, D, C = 3, 16, 16, 4

@@ -19,7 +19,7 @@ from sparse_lm.models import functional
 from sparse_lm.models.layer import Context, ExpertLayer
 from sparse_lm.registry import create
 from sparse_lm.routing import ROUTERS, ExpertChoice, SoftSlots, TokenChoice, leak
-from sparse_lm.training.loss import packed_context
+from sparse_lm.step.loss import packed_context
 from tests import tiny
 from tests.routing import table
 

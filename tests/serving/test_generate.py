@@ -15,7 +15,7 @@ from sparse_lm.errors import UserError
 from sparse_lm.models import functional
 from sparse_lm.serving import Generator, Sampling
 from sparse_lm.serving.generate import cached_logits
-from sparse_lm.training.loss import packed_context
+from sparse_lm.step.loss import packed_context
 
 END = 0
 LENGTH = 48
@@ -202,7 +202,7 @@ import jax, math
 from sparse_lm.config import Config, Data, Mesh, Model, Training, resolve
 from sparse_lm.mesh import make_mesh
 from sparse_lm.serving import Generator, Sampling
-from sparse_lm.training.build import build
+from sparse_lm.step.build import build
 
 model = Model(vocabulary=24, width=16, heads=4, kv_heads=2, ffn_width=24, experts=4, executor="einsum")
 found = []

@@ -10,7 +10,7 @@ from sparse_lm import config as configs
 from sparse_lm import data
 from sparse_lm.mesh import sharding
 from sparse_lm.routing import leak
-from sparse_lm.training.build import Build, count_tokens
+from sparse_lm.step.build import Build, count_tokens
 
 SCALARS = ("loss", "cross_entropy", "balance_loss", "z_loss", "grad_norm", "learning_rate")
 

@@ -13,7 +13,7 @@ from sparse_lm import config as configs
 from sparse_lm.config import choice
 from sparse_lm.errors import UserError
 from sparse_lm.models import functional
-from sparse_lm.training.optimizer import OPTIMIZERS, group_of, make_optimizer
+from sparse_lm.step.optimizer import OPTIMIZERS, group_of, make_optimizer
 from tests import tiny
 
 STEPS = 3

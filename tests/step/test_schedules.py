@@ -7,7 +7,7 @@ import pytest
 
 from sparse_lm.config import choice
 from sparse_lm.errors import UserError
-from sparse_lm.training.schedules import schedule
+from sparse_lm.step.schedules import schedule
 from tests import tiny
 
 PEAK, WARMUP, STEPS = 0.01, 10, 100

@@ -21,7 +21,7 @@ from sparse_lm import config as configs
 from sparse_lm import data
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import sharding
-from sparse_lm.routing import ROUTERS, Given, SoftSlots
+from sparse_lm.routing import ROUTERS, Replay, SoftSlots
 
 AHEAD = "ahead"  # the item of a step's batch that is the batch of Δ steps later
 DECAY = 0.9  # of the running mean of the loss, per step: one that lags behind a falling loss hides a spike
@@ -53,7 +53,7 @@ def steps_ahead(config: configs.Config) -> int:
     return ahead
 
 
-def start(ahead: int, choices: jax.ShapeDtypeStruct) -> Anticipation:
+def init(ahead: int, choices: jax.ShapeDtypeStruct) -> Anticipation:
     """The beginning, off. choices: what the routers choose in a step, [parts, n, G, S, K] or [parts, n, G, E, C]."""
     return Anticipation(
         queue=jnp.full((ahead, *choices.shape), -1, choices.dtype),
@@ -63,21 +63,21 @@ def start(ahead: int, choices: jax.ShapeDtypeStruct) -> Anticipation:
     )
 
 
-def lay_out(abstract: Anticipation, mesh: jax.sharding.Mesh) -> Anticipation:
+def with_sharding(abstract: Anticipation, mesh: jax.sharding.Mesh) -> Anticipation:
     """The abstract state with the queue divided over the mesh as the routing groups are."""
     place = sharding(mesh, None, None, None, "groups")
     queue = jax.ShapeDtypeStruct(abstract.queue.shape, abstract.queue.dtype, sharding=place)
     return abstract._replace(queue=queue)
 
 
-def given(state: Anticipation, step: Int[Array, ""]) -> Given:
+def queued_choices(state: Anticipation, step: Int[Array, ""]) -> Replay:
     """The choices made ahead for a step, to be taken if it is on and there are any; one for each part and layer."""
     place = step % len(state.queue)
     queued = state.queue[place]
-    return Given(queued, jnp.broadcast_to((state.left > 0) & (state.step[place] == step), queued.shape[:2]))
+    return Replay(queued, jnp.broadcast_to((state.left > 0) & (state.step[place] == step), queued.shape[:2]))
 
 
-def after(
+def update(
     state: Anticipation,
     options: configs.Anticipation,
     step: Int[Array, ""],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.training.digest import digests
+from sparse_lm.runs.digest import digests
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint32, jnp.float16, jnp.uint8, jnp.bool_]
 
@@ -95,7 +95,7 @@ def test_wider_elements_are_refused_by_name():
 SHARDED = """
 import json, jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from sparse_lm.training.digest import _compiled, digests
+from sparse_lm.runs.digest import _compiled, digests
 assert jax.device_count() == 8
 mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 found = []

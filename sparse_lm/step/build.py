@@ -22,11 +22,11 @@ from sparse_lm.kernels.block_sparse_tpu import check_tpu_block
 from sparse_lm.mesh import check, sharding
 from sparse_lm.models import Functional, functional
 from sparse_lm.routing.health import health
-from sparse_lm.training import anticipation
-from sparse_lm.training.layout import names
-from sparse_lm.training.loss import Batch, accumulate, choices, loss
-from sparse_lm.training.optimizer import clipping, make_optimizer
-from sparse_lm.training.schedules import schedule
+from sparse_lm.step import anticipation
+from sparse_lm.step.layout import names
+from sparse_lm.step.loss import Batch, accumulate, choose_experts, loss
+from sparse_lm.step.optimizer import clipping, make_optimizer
+from sparse_lm.step.schedules import schedule
 
 
 class TrainState(NamedTuple):
@@ -82,7 +82,7 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
         return jax.random.fold_in(jax.random.split(jax.random.key(seed))[1], step)
 
     def choose(parameters: dict, router: dict, batch: Batch, key: jax.Array) -> jax.Array:
-        return choices(parameters, fns, router, batch, model.capacity_factor, key, training.accumulation)
+        return choose_experts(parameters, fns, router, batch, model.capacity_factor, key, training.accumulation)
 
     def init(seed: jax.Array) -> TrainState:
         parameters = fns.init(jax.random.split(jax.random.key(seed))[0])
@@ -90,24 +90,24 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
         anticipated = None
         if ahead:
             shape = jax.eval_shape(choose, parameters, router, abstract_batch, randomness(seed, zero))
-            anticipated = anticipation.start(ahead, shape)
+            anticipated = anticipation.init(ahead, shape)
         counts = (jnp.zeros(2, jnp.int32), zero, zero)
         return TrainState(seed, zero, parameters, optimizer.init(parameters), router, *counts, anticipated)
 
-    def record(state: TrainState, batch: dict[str, Any], given=None) -> tuple[TrainState, dict, dict]:
+    def record(state: TrainState, batch: dict[str, Any], replay=None) -> tuple[TrainState, dict, dict]:
         key = randomness(state.seed, state.step)
         if ahead:
             coming, batch = batch[anticipation.AHEAD], {k: v for k, v in batch.items() if k != anticipation.AHEAD}
-            given = anticipation.given(state.anticipation, state.step) if given is None else given
+            replay = anticipation.queued_choices(state.anticipation, state.step) if replay is None else replay
 
-        def part(batch, key, given):
+        def part(batch, key, replay):
             differentiate = jax.value_and_grad(loss, has_aux=True)
             (_, seen), gradient = differentiate(
-                state.parameters, fns, state.router, batch, model.capacity_factor, key, given
+                state.parameters, fns, state.router, batch, model.capacity_factor, key, replay
             )
             return (gradient, seen.pop("sums")), seen
 
-        (gradient, sums), seen = accumulate(part, batch, key, given, training.accumulation)
+        (gradient, sums), seen = accumulate(part, batch, key, replay, training.accumulation)
         tokens = jnp.maximum(sums["tokens"], 1)
         rate = learning_rate(state.step)
         statistics = sums.pop("statistics", {})
@@ -131,7 +131,7 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
         if ahead:
             later = lambda: choose(state.parameters, state.router, coming, randomness(state.seed, state.step + ahead))
             with jax.named_scope("anticipation"):
-                anticipated = anticipation.after(
+                anticipated = anticipation.update(
                     state.anticipation, training.anticipation, state.step, sums["cross_entropy"] / tokens, later
                 )
         count = state.tokens + jnp.array([0, 1]) * sums["tokens"].astype(jnp.int32)
@@ -176,7 +176,7 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
     step_batch = abstract_batch
     if ahead:
         step_batch = abstract_batch | {anticipation.AHEAD: abstract_batch}
-        abstract_state = abstract_state._replace(anticipation=anticipation.lay_out(abstract_state.anticipation, mesh))
+        abstract_state = abstract_state._replace(anticipation=anticipation.with_sharding(abstract_state.anticipation, mesh))
     states = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     everywhere = NamedSharding(mesh, PartitionSpec())
 

@@ -12,7 +12,7 @@ import pytest
 import tensorstore
 
 from sparse_lm.errors import UserError
-from sparse_lm.training.checkpoints import Checkpoints
+from sparse_lm.runs.checkpoints import Checkpoints
 
 ITEMS = {
     "params": {
@@ -216,7 +216,7 @@ def test_half_deleted_and_half_written_ones_do_not_count_and_are_removed(two):
 
 KILLED = """
 import sys, jax.numpy as jnp
-from sparse_lm.training.checkpoints import Checkpoints
+from sparse_lm.runs.checkpoints import Checkpoints
 checkpoints = Checkpoints(sys.argv[1])
 array = jnp.arange(2_000_000.0)
 for step in range(1, 10**6):
@@ -246,7 +246,7 @@ def test_a_kill_while_saving_leaves_the_one_before(tmp_path):
 FULL = """
 import resource, sys, jax.numpy as jnp, numpy as np
 from sparse_lm.errors import UserError
-from sparse_lm.training.checkpoints import Checkpoints
+from sparse_lm.runs.checkpoints import Checkpoints
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 arrays = {str(i): jnp.asarray(np.random.default_rng(i).random(100_000, np.float32)) for i in range(8)}
 checkpoints = Checkpoints(sys.argv[1])
@@ -269,7 +269,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, at):
 
 def test_too_little_room_is_told_before_anything_is_written(two, monkeypatch):
     usage = type("usage", (), {"free": 100_000})
-    monkeypatch.setattr("sparse_lm.training.checkpoints.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("sparse_lm.runs.checkpoints.shutil.disk_usage", lambda path: usage)
     with Checkpoints(two) as checkpoints:
         with pytest.raises(UserError, match=r"disk is full: checkpoint 3 .* needs 0.4 MB, 0.1 MB are free"):
             checkpoints.save(3, {"params": {"w": jnp.ones(100_000)}}, {})
@@ -279,7 +279,7 @@ def test_too_little_room_is_told_before_anything_is_written(two, monkeypatch):
 ELSEWHERE = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from sparse_lm.training.checkpoints import Checkpoints
+from sparse_lm.runs.checkpoints import Checkpoints
 if len(sys.argv) > 2:
     jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

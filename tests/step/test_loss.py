@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparse_lm.models import functional
-from sparse_lm.training.loss import loss, packed_context, token_losses
+from sparse_lm.step.loss import loss, packed_context, token_losses
 from tests import tiny
 
 SPARSE = {"model__experts": 4, "model__router": tiny.switch(jitter=0.1, z_loss=0.01, balance_loss=0.1)}

@@ -7,7 +7,7 @@ import math, sys
 from jax.experimental import topologies
 from sparse_lm import config as configs
 from sparse_lm.mesh import make_mesh
-from sparse_lm.training.build import build
+from sparse_lm.step.build import build
 
 DROPLESS = dict(experts=8, top_k=2, router=configs.choice("topk"), capacity_factor=math.inf)
 MODELS = {

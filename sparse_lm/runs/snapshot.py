@@ -6,10 +6,10 @@ from typing import Any
 import jax
 
 from sparse_lm.errors import UserError
-from sparse_lm.training.build import Build, TrainState
-from sparse_lm.training.checkpoints import Checkpoints
-from sparse_lm.training.layout import abstract_slices, stack, unstack
-from sparse_lm.training.run_folder import read_config
+from sparse_lm.step.build import Build, TrainState
+from sparse_lm.runs.checkpoints import Checkpoints
+from sparse_lm.step.layout import abstract_slices, stack, unstack
+from sparse_lm.runs.folder import read_config
 
 POSITION = ("seed", "step", "tokens", "skipped", "skipped_in_a_row")  # the counters of a TrainState
 

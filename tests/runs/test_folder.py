@@ -12,7 +12,7 @@ from etils import epath
 
 from sparse_lm.config import Config, choice, resolve
 from sparse_lm.errors import UserError
-from sparse_lm.training.run_folder import RunFolder, Table, read_config, read_rows, read_summary
+from sparse_lm.runs.folder import RunFolder, Table, read_config, read_rows, read_summary
 
 INFO = {"versions": {"jax": "1"}, "fingerprint": "abc", "devices": ["cpu"]}
 
@@ -76,7 +76,7 @@ def test_other_data_is_refused(tmp_path):
 HOLD = """
 import sys, time
 from sparse_lm.config import Config, resolve
-from sparse_lm.training.run_folder import RunFolder
+from sparse_lm.runs.folder import RunFolder
 folder = RunFolder(sys.argv[1], resolve(Config()), {"fingerprint": "abc"})
 print("held", flush=True)
 time.sleep(60)

@@ -1,4 +1,4 @@
-"""The one wiring file: from a config to a trained run in a folder, and from such a folder back to its parts."""
+"""The one wiring file: from a config to a trained run in a folder."""
 
 import contextlib
 import dataclasses
@@ -6,38 +6,38 @@ import logging
 import math
 import platform
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from etils import epath
 
 from sparse_lm import config as configs
 from sparse_lm import data
-from sparse_lm.cost.routers import executor, form, skips_layers
+from sparse_lm.cost.routers import executor, skips_layers
 from sparse_lm.errors import Stopped, UserError, nearest
 from sparse_lm.mesh import make_mesh, sharding
 from sparse_lm.routing import leak
-from sparse_lm.training.actions import Actions
-from sparse_lm.training.anticipation import step_batch
-from sparse_lm.training.build import Build, build
-from sparse_lm.training.checkpoints import Checkpoints
-from sparse_lm.training.clock import Clock
-from sparse_lm.training.estimate import seconds_per_step
-from sparse_lm.training.loop import Moment, loop
-from sparse_lm.training.measures import evaluate as measure
-from sparse_lm.training.progress import Progress, duration
-from sparse_lm.training.run_folder import RunFolder, read_config, read_info
-from sparse_lm.training.snapshot import initial_state, restore, restore_state, saved_run
-from sparse_lm.training.stopping import StopSignal
-from sparse_lm.training.tensorboard import TensorBoard
-from sparse_lm.training.watchdog import Watchdog
+from sparse_lm.runs.actions import Actions
+from sparse_lm.step.anticipation import step_batch
+from sparse_lm.step.build import build
+from sparse_lm.runs.checkpoints import Checkpoints
+from sparse_lm.runs.clock import Clock
+from sparse_lm.runs.estimate import seconds_per_step
+from sparse_lm.runs.load import use_compilation_cache
+from sparse_lm.runs.loop import Moment, loop
+from sparse_lm.runs.progress import Progress, duration
+from sparse_lm.runs.folder import RunFolder, read_info
+from sparse_lm.runs.snapshot import initial_state, restore_state, saved_run
+from sparse_lm.runs.stopping import StopSignal
+from sparse_lm.runs.sinks import TensorBoard
+from sparse_lm.runs.watchdog import Watchdog
 
 log = logging.getLogger("sparse_lm")
 
 PACKAGES = ("sparse_lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
 
-def train(config: configs.Config, workdir: str, init_from: str = "") -> dict[str, Any]:
+def train(config: configs.Config, workdir: epath.PathLike, init_from: str = "") -> dict[str, Any]:
     """Trains a model in a folder, or continues the training that the folder holds; returns the run's summary.
 
     init_from: RUN or RUN@STEP, another run's folder, whose parameters and tokenizer a new run begins with. Raises
@@ -122,7 +122,7 @@ def train(config: configs.Config, workdir: str, init_from: str = "") -> dict[str
         return summary
 
 
-def _begin_from(config: configs.Config, workdir: str, init_from: str) -> tuple[configs.Config, str]:
+def _begin_from(config: configs.Config, workdir: epath.PathLike, init_from: str) -> tuple[configs.Config, str]:
     """The config, and what its run begins from: what is asked for, or what a run that is continued began from.
 
     The tokenizer is the other run's unless the config names one, since its parameters mean its tokens.
@@ -138,55 +138,6 @@ def _begin_from(config: configs.Config, workdir: str, init_from: str) -> tuple[c
             dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
         )
     return config, found
-
-
-class Loaded(NamedTuple):
-    """A trained model, from the folder of its run."""
-
-    config: configs.Config
-    program: Build
-    corpus: data.Corpus
-    step: int
-    parameters: dict
-    router: dict
-
-
-def load(workdir: str, step: int | None = None, capacity_factor: float | None = None) -> Loaded:
-    """The model of a run after a step, by default the newest that was saved, on the devices that there are.
-
-    capacity_factor: of the evaluation, in place of the config's; inf drops nothing.
-    """
-    config = read_config(workdir)
-    if capacity_factor is not None:
-        if form(config.model) != "token":
-            raise UserError(
-                f"--capacity-factor is {capacity_factor}; the router {config.model.router.name!r} is evaluated with "
-                "the places that it was trained with"
-            )
-        model = dataclasses.replace(config.model, eval_capacity_factor=capacity_factor)
-        config = configs.resolve(dataclasses.replace(config, model=model))
-    program = build_here(config)
-    config = program.config
-    with Checkpoints(f"{workdir}/checkpoints") as checkpoints:
-        items = restore(program, checkpoints, step, only=("parameters", "router", "position"))
-    corpus = same_corpus(config, workdir)
-    return Loaded(config, program, corpus, int(items["position"]["step"]), items["parameters"], items["router"])
-
-
-def evaluate(workdir: str, step: int | None = None, capacity_factor: float | None = None) -> dict[str, Any]:
-    """The measures of a run's saved model on every held-out split of its data, by split, its step, and how the
-    routing looks ahead (`routing.leak`); see `load`."""
-    loaded = load(workdir, step, capacity_factor)
-    splits = [split for split in loaded.corpus.split_names if split != "train"]
-    measured = measure(loaded.program, loaded.corpus, loaded.parameters, loaded.router, splits)
-    model = loaded.config.model
-    return {"step": loaded.step, "evaluation": measured, "leak": leak(model, model.eval_capacity_factor)}
-
-
-def use_compilation_cache(config: configs.Config) -> None:
-    """Keeps compiled programs over processes; the second start of a config compiles nothing."""
-    jax.config.update("jax_compilation_cache_dir", str(epath.Path(config.cache).expanduser() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _batches(config: configs.Config, corpus: data.Corpus) -> data.Batches:
@@ -206,28 +157,6 @@ def _splits(config: configs.Config, corpus: data.Corpus) -> list[str]:
                 f"evaluation.splits names {split!r}, which the data has not{nearest(split, corpus.split_names)}"
             )
     return wanted
-
-
-def build_here(config: configs.Config) -> Build:
-    """`build` on the mesh of the config where it fits the devices that there are, otherwise on one that does."""
-    use_compilation_cache(config)
-    try:
-        return build(config, make_mesh(config.mesh))
-    except UserError:
-        training = dataclasses.replace(config.training, accumulation=1)
-        config = configs.resolve(dataclasses.replace(config, training=training, mesh=configs.Mesh()))
-        groups = training.batch * config.data.length // config.model.group_size
-        fitting = math.gcd(training.batch, groups, jax.device_count())
-        return build(config, make_mesh(config.mesh, jax.devices()[:fitting]))
-
-
-def same_corpus(config: configs.Config, workdir: str) -> data.Corpus:
-    corpus, stored = data.prepare(config), read_info(workdir)["fingerprint"]
-    if corpus.fingerprint != stored:
-        raise UserError(
-            f"the data of {workdir} has changed: its fingerprint was {stored} and is {corpus.fingerprint} now"
-        )
-    return corpus
 
 
 def _versions() -> dict[str, str]:

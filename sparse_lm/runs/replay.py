@@ -4,17 +4,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import sharding
 from sparse_lm.routing import ROUTERS, TokenChoice
-from sparse_lm.run import build_here, same_corpus
-from sparse_lm.training.anticipation import AHEAD, step_batch
-from sparse_lm.training.checkpoints import Checkpoints
-from sparse_lm.training.measures import metrics_row
-from sparse_lm.training.run_folder import read_config, read_info, read_rows
-from sparse_lm.training.snapshot import initial_state, restore_state
+from sparse_lm.runs.load import build_here, same_corpus
+from sparse_lm.step.anticipation import AHEAD, step_batch
+from sparse_lm.runs.checkpoints import Checkpoints
+from sparse_lm.runs.measures import metrics_row
+from sparse_lm.runs.folder import read_config, read_info, read_rows
+from sparse_lm.runs.snapshot import initial_state, restore_state
 
 
 class Replayed(NamedTuple):
@@ -29,7 +30,7 @@ class Replayed(NamedTuple):
     tokenizer: Any
 
 
-def replay(workdir: str, step: int) -> Replayed:
+def replay(workdir: epath.PathLike, step: int) -> Replayed:
     """Runs the step of a run again, from the newest checkpoint before it or from the beginning. The run stays as it is.
 
     Raises `UserError` for a step that the run does not have.

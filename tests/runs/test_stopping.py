@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from sparse_lm.training.stopping import StopSignal
+from sparse_lm.runs.stopping import StopSignal
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -33,7 +33,7 @@ def test_an_interrupt_after_a_signal_interrupts(first):
 
 TRAIN = """
 import sys, time, jax
-from sparse_lm.training.stopping import StopSignal
+from sparse_lm.runs.stopping import StopSignal
 count = int(sys.argv[2])
 jax.distributed.initialize(sys.argv[1], count, int(sys.argv[3]))
 with StopSignal() as stop:

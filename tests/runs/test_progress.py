@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparse_lm.training import progress
+from sparse_lm.runs import progress
 
 
 @pytest.mark.parametrize(

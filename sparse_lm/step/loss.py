@@ -35,12 +35,12 @@ def loss(
     batch: Batch,
     capacity_factor: float,
     key: jax.Array | None,
-    given: Any = None,
+    replay: Any = None,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """Summed loss to be differentiated, and what it consists of: `sums` (add up over parts of a batch: cross_entropy,
     balance_loss, z_loss, tokens, bytes, statistics of each expert layer), `token_losses` and `chosen` (do not)."""
     context = packed_context(batch, capacity_factor)
-    logits, aux, _ = functional.apply(parameters, batch["inputs"], context, router_state, key, given)
+    logits, aux, _ = functional.apply(parameters, batch["inputs"], context, router_state, key, replay)
     with jax.named_scope("output"):
         losses = token_losses(logits, batch)
     sums = {
@@ -55,7 +55,7 @@ def loss(
     return total, {"sums": sums, "token_losses": losses, "chosen": None if aux is None else aux.chosen}
 
 
-def choices(
+def choose_experts(
     parameters: dict,
     functional: Functional,
     router_state: Any,
@@ -66,21 +66,21 @@ def choices(
 ) -> Int[Array, "parts n G X Y"]:
     """What the routers choose in a step with this batch and key, by forward passes alone."""
 
-    def part(batch, key, given):
+    def part(batch, key, replay):
         context = packed_context(batch, capacity_factor)
         return {}, functional.apply(parameters, batch["inputs"], context, router_state, key).aux.chosen
 
     return accumulate(part, batch, key, None, parts)[1]
 
 
-def accumulate(part: Callable, batch: Batch, key: jax.Array, given: Any, parts: int) -> tuple[Any, Any]:
-    """part(batch, key, given) -> (to add up, to stack), over the parts of a batch: the gradient of a whole batch with
+def accumulate(part: Callable, batch: Batch, key: jax.Array, replay: Any, parts: int) -> tuple[Any, Any]:
+    """part(batch, key, replay) -> (to add up, to stack), over the parts of a batch: the gradient of a whole batch with
     the memory of one part. Row r is in part r mod parts, so that every device keeps the rows that it has.
     """
     split = lambda x: constrain(
         x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), None, "batch", *[None] * (x.ndim - 1)
     )
-    inputs = (jax.tree.map(split, batch), jax.random.split(key, parts), given)
+    inputs = (jax.tree.map(split, batch), jax.random.split(key, parts), replay)
     if parts == 1:
         total, seen = part(*jax.tree.map(lambda x: x[0], inputs))
         return total, jax.tree.map(lambda x: x[None], seen)

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from sparse_lm import config as configs
-from sparse_lm import data, replay, run
+from sparse_lm import data, runs
 from sparse_lm.config import Anticipation, identity
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import make_mesh, sharding
-from sparse_lm.training import anticipation
-from sparse_lm.training.build import build
-from sparse_lm.training.loss import packed_context
-from sparse_lm.training.run_folder import read_rows
+from sparse_lm.runs import replay
+from sparse_lm.runs.folder import read_rows
+from sparse_lm.step import anticipation
+from sparse_lm.step.build import build
+from sparse_lm.step.loss import packed_context
 from tests import tiny
 
 AHEAD, ON, SPIKE, STEPS = 2, 5, 3, 12  # the loss of step 3 is made to spike
@@ -165,12 +166,12 @@ def test_a_spike_is_a_loss_above_the_running_mean_or_not_finite():
     """Against a loop; with what the queue is for, and when it is computed."""
     losses = [5.0, 4.0, 4.5, 6.2, 3.0, math.nan, 4.0, 4.0, 4.0, 4.0, math.inf, 4.0]
     options = Anticipation(ahead=2, spike=1.0, steps=3)
-    state = anticipation.start(2, jax.ShapeDtypeStruct((1, 1, 2, 4, 1), jnp.int32))
+    state = anticipation.init(2, jax.ShapeDtypeStruct((1, 1, 2, 4, 1), jnp.int32))
     choose = lambda step: lambda: jnp.full((1, 1, 2, 4, 1), step, jnp.int32)
-    after = jax.jit(lambda state, step, loss: anticipation.after(state, options, step, loss, choose(step)))
+    after = jax.jit(lambda state, step, loss: anticipation.update(state, options, step, loss, choose(step)))
     mean, left, made = None, 0, {}
     for step, value in enumerate(losses):
-        found = anticipation.given(state, jnp.int32(step))
+        found = anticipation.queued_choices(state, jnp.int32(step))
         used = left > 0 and step in made
         assert bool(found.on.all()) == bool(found.on.any()) == used
         if used:
@@ -229,16 +230,16 @@ def text_config(tmp_path):
 
 def test_a_run_goes_on_within_it_and_its_steps_are_replayed(text_config, tmp_path):
     whole, parted = str(tmp_path / "whole"), str(tmp_path / "parted")
-    run.train(text_config(training__steps=12), whole)
+    runs.train(text_config(training__steps=12), whole)
     for steps in (8, 12):
-        run.train(text_config(training__steps=steps), parted)
+        runs.train(text_config(training__steps=steps), parted)
     plain = lambda row: {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "data_wait")}
     rows = [plain(row) for row in read_rows(whole, "metrics")]
     assert [plain(row) for row in read_rows(parted, "metrics")] == rows
     assert [row["anticipating"] for row in rows[6:10]] == [1, 1, 1, 1]  # it stops and goes on in the middle of it
     replayed = replay.replay(whole, 9)  # from the checkpoint of step 6
     assert replayed.row == plain(replayed.logged)
-    assert run.evaluate(whole)["step"] == 12
+    assert runs.evaluate(whole)["step"] == 12
 
 
 def test_accumulation_is_of_the_identity_where_choices_are_kept_by_microbatch():
@@ -286,7 +287,7 @@ def on_four_devices():
 
 def test_on_a_mesh_it_is_what_it_is_on_one_device():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    code = "from tests.training.test_anticipation import on_four_devices; on_four_devices()"
+    code = "from tests.step.test_anticipation import on_four_devices; on_four_devices()"
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=root, env=os.environ | flags, capture_output=True, text=True, timeout=300)

@@ -2,7 +2,7 @@ import re
 import threading
 import time
 
-from sparse_lm.training.watchdog import Watchdog
+from sparse_lm.runs.watchdog import Watchdog
 
 
 def hang(seconds: float) -> None:

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from sparse_lm.config import digest
 from sparse_lm.errors import UserError
-from sparse_lm.training.digest import digests
+from sparse_lm.runs.digest import digests
 
 META = "meta"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,7 +1,7 @@
 """The estimate of a run's time grows with its work."""
 
 from sparse_lm.cost import step_flops
-from sparse_lm.training import estimate
+from sparse_lm.runs import estimate
 from tests import tiny
 
 

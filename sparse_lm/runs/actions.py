@@ -8,17 +8,17 @@ import numpy as np
 
 from sparse_lm import cost, data
 from sparse_lm.errors import RunFailed, Stopped
-from sparse_lm.training.build import Build, TrainState, count_tokens
-from sparse_lm.training.checkpoints import Checkpoints
-from sparse_lm.training.clock import Clock
-from sparse_lm.training.loop import Action, Moment
-from sparse_lm.training.measures import evaluate, metrics_row
-from sparse_lm.training.progress import Progress
-from sparse_lm.training.run_folder import RunFolder
-from sparse_lm.training.snapshot import snapshot
-from sparse_lm.training.stopping import StopSignal
-from sparse_lm.training.tensorboard import TensorBoard
-from sparse_lm.training.watchdog import Watchdog
+from sparse_lm.step.build import Build, TrainState, count_tokens
+from sparse_lm.runs.checkpoints import Checkpoints
+from sparse_lm.runs.clock import Clock
+from sparse_lm.runs.loop import Action, Moment
+from sparse_lm.runs.measures import evaluate, metrics_row
+from sparse_lm.runs.progress import Progress
+from sparse_lm.runs.folder import RunFolder
+from sparse_lm.runs.snapshot import snapshot
+from sparse_lm.runs.stopping import StopSignal
+from sparse_lm.runs.sinks import TensorBoard
+from sparse_lm.runs.watchdog import Watchdog
 
 
 @dataclass

@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from sparse_lm.config import capacity, choice
+from sparse_lm.config import choice, compute_capacity
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import AXES, make_mesh
 from sparse_lm.models import functional
-from sparse_lm.training.build import build, count_tokens
-from sparse_lm.training.loss import loss
-from sparse_lm.training.schedules import schedule
+from sparse_lm.step.build import build, count_tokens
+from sparse_lm.step.loss import loss
+from sparse_lm.step.schedules import schedule
 from tests import tiny
 
 SPARSE = {"model__experts": 4, "model__capacity_factor": 1.0, "model__router": tiny.switch(z_loss=0.001)}
@@ -116,7 +116,7 @@ def test_metrics_are_the_means_over_the_tokens():
     assert load.sum() == tokens
     assert metrics["routing"]["load_max"][0] == pytest.approx(load.max() / load.mean())
     rows = np.asarray(seen["chosen"])[0, ..., 0]  # one group a row
-    places = capacity(16, 4, 1, 1.0)
+    places = compute_capacity(16, 4, 1, 1.0)
     lost = sum(max(0, (row == e).sum() - places) for row in rows for e in range(4))
     assert lost > 0
     assert metrics["routing"]["dropped"][0] == pytest.approx(lost / tokens)
