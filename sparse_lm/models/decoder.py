@@ -69,8 +69,8 @@ class Decoder(nnx.Module):
         """Logits of the next token at every position.
 
         router_state: what `Functional.init_router_state` gave, or a later one. key: turns on what training does at
-        random (jitter, dropout). replay: `Aux.chosen` of an earlier pass, to take instead of the routers' own choice; or
-        a `routing.Replay` of it, with `on` [n], to be known only when it runs.
+        random (jitter, dropout). replay: `Aux.chosen` of an earlier pass, to take instead of the routers' own choice;
+        or a `routing.Replay` of it, with `on` [n], to be known only when it runs.
         caches: keys and values of the layers, as `Functional.init_caches` makes them.
         """
         model = self.model

@@ -59,8 +59,8 @@ class Router(nnx.Module):
 
         x: the tokens' features. ids: their token ids, for routers that look at the text. valid: False for padding,
         which gets no expert and enters no loss and no statistic. key: randomness while training, None in evaluation.
-        replay: what `choice.chosen_indices` recorded before, to take instead of the router's own; weights come from x all the
-        same.
+        replay: what `choice.chosen_indices` recorded before, to take instead of the router's own; weights come from
+        x all the same.
         """
         raise NotImplementedError(type(self).__name__)
 

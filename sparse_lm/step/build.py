@@ -176,7 +176,8 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
     step_batch = abstract_batch
     if ahead:
         step_batch = abstract_batch | {anticipation.AHEAD: abstract_batch}
-        abstract_state = abstract_state._replace(anticipation=anticipation.with_sharding(abstract_state.anticipation, mesh))
+        anticipated = anticipation.with_sharding(abstract_state.anticipation, mesh)
+        abstract_state = abstract_state._replace(anticipation=anticipated)
     states = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
