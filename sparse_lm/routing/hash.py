@@ -70,9 +70,7 @@ class Hash(Router):
             weight = jnp.full(expert.shape, 1 / self.top_k)
         else:
             logits = scores(x, self.kernel)
-            score = jnp.sqrt(
-                jax.nn.softplus(gather_chosen(logits, expert)) + 1e-12
-            )  # slope of the root
+            score = jnp.sqrt(jax.nn.softplus(gather_chosen(logits, expert)) + 1e-12)  # slope of the root
             weight = score / score.sum(axis=-1, keepdims=True)
         choice = token_choice(expert, weight, valid)
         statistics = measure(logits, choice, valid, self.over)

@@ -8,11 +8,11 @@ the first to go when one is deleted.
 
 import errno
 import json
-import logging
 import math
 import re
 import shutil
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from sparse_lm.errors import UserError
 from sparse_lm.runs.digest import digests
 
 META = "meta"
+Prefixes = tuple[tuple[str, str], ...]  # old and new beginnings of names
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -49,7 +50,6 @@ class Checkpoints:
         self._writer: ocp.AsyncCheckpointer | None = None
         self._restored: int | None = None
         self._losses: dict[int, float] = {}
-        _quiet()
 
     def save(self, step: int, items: dict[str, Any], meta: dict, loss: float | None = None) -> None:
         """Starts to save pytrees of arrays (jax, NumPy) and JSON-able `meta`; returns once the arrays may be donated.
@@ -111,19 +111,30 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """What `save` was given as `meta`. Raises `UserError` for a step that isn't there or can't be read."""
-        self._check_known(step, self.steps())
-        try:
-            return self._record(step)["meta"]
-        except Unusable as fault:
-            raise UserError(f"checkpoint {step} in {self.folder} can't be used: {fault}") from fault
+        return self._usable_record(step)["meta"]
 
-    def restore(self, items: dict[str, Any], step: int | None = None) -> tuple[int, dict[str, Any]]:
+    def identify(self, step: int, items: Sequence[str]) -> str:
+        """A hash of what the items of a checkpoint hold: of the digests of their arrays, so that none is read.
+
+        Raises `UserError` for a step that isn't there or can't be read.
+        """
+        saved = self._usable_record(step)["arrays"]
+        return digest({item: saved.get(item, {}) for item in items})
+
+    def restore(
+        self, items: dict[str, Any], step: int | None = None, old_names: dict[str, Prefixes] | None = None
+    ) -> tuple[int, dict[str, Any]]:
         """The step and the named items, from the newest usable checkpoint or from the given one.
 
-        An item is described by a pytree of `jax.ShapeDtypeStruct`: a leaf with a sharding becomes a `jax.Array` there
-        (on any mesh, whatever the mesh and the number of processes that saved it), one without a NumPy array. Items
-        that aren't named aren't read. Raises `UserError` where no checkpoint, or not the given one, can be used, and
-        where the checkpoint's arrays are not those described.
+        Args:
+            items: each described by a pytree of `jax.ShapeDtypeStruct`: a leaf with a sharding becomes a `jax.Array`
+                there (on any mesh, whatever the mesh and the number of processes that saved it), one without a NumPy
+                array. Items that aren't named aren't read; one without arrays need not be in the checkpoint.
+            step: of the checkpoint; by default the newest usable one.
+            old_names: by item, how names began in checkpoints of older versions, and how they begin now.
+
+        Raises `UserError` where no checkpoint, or not the given one, can be used, and where the checkpoint's arrays are
+        not those described.
         """
         self.wait()
         known = _from_primary(self.steps())
@@ -133,7 +144,7 @@ class Checkpoints:
             self._check_known(step, known)
         for candidate in reversed(known) if step is None else [step]:
             try:
-                restored = self._restore(candidate, items)
+                restored = self._restore(candidate, items, old_names or {})
             except Unusable as fault:
                 text = f"checkpoint {candidate} in {self.folder} can't be used: {fault}"
                 if step is not None:
@@ -216,6 +227,13 @@ class Checkpoints:
                 f"there is no checkpoint {step} in {self.folder}; there are: {', '.join(map(str, known)) or 'none'}"
             )
 
+    def _usable_record(self, step: int) -> dict:
+        self._check_known(step, self.steps())
+        try:
+            return self._record(step)
+        except Unusable as fault:
+            raise UserError(f"checkpoint {step} in {self.folder} can't be used: {fault}") from fault
+
     def _record(self, step: int) -> dict:
         """What `save` has written as `meta`. Raises `Unusable`, and `UserError` for another schema."""
         try:
@@ -231,23 +249,27 @@ class Checkpoints:
             )
         return record
 
-    def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+    def _restore(self, step: int, items: dict[str, Any], old_names: dict[str, Prefixes]) -> dict[str, Any]:
         flat = {item: _flat(tree) for item, tree in items.items()}
         arrays: dict[str, dict] = {}
+        saved: dict[str, int] = {}
         fault = ""
         try:
             record = self._record(step)
             for item, wanted in flat.items():
-                if item not in record["arrays"]:
+                if wanted and item not in record["arrays"]:
                     raise Unusable(f"it has no item {item!r}")
-                self._check_same(step, item, wanted, record["arrays"][item])
-                arrays[item] = _load(self.folder / str(step) / item, wanted)
+                stored = record["arrays"].get(item, {})
+                there = _names_there(wanted, stored, old_names.get(item, ()))
+                self._check_same(step, item, wanted, {name: stored[old] for name, old in there.items()})
+                loaded = _load(self.folder / str(step) / item, {there[name]: a for name, a in wanted.items()})
+                arrays[item] = {name: loaded[there[name]] for name in wanted}
+                saved |= {f"{item}/{name}": int(stored[there[name]][2], 16) for name in wanted}
         except Unusable as error:
             fault = str(error)
         if fault := _first(fault):
             raise Unusable(fault)
         found = digests({f"{item}/{name}": a for item, part in arrays.items() for name, a in part.items()})
-        saved = {f"{item}/{name}": int(a[2], 16) for item in flat for name, a in record["arrays"][item].items()}
         if changed := [name for name in sorted(found) if found[name] != saved[name]]:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise Unusable(f"array {changed[0]}{more} has changed since it was saved (its digest differs)")
@@ -273,6 +295,16 @@ def _flat(tree: Any) -> dict[str, Any]:
     if len(flat) < len(leaves):
         raise ValueError("two arrays have the same name")
     return flat
+
+
+def _names_there(wanted: Iterable[str], stored: Iterable[str], old_names: Prefixes) -> dict[str, str]:
+    """The stored names, by the names that their arrays have now."""
+
+    def now(name: str) -> str:
+        renamed = [new + name[len(old) :] for old, new in old_names if name.startswith(old)]
+        return next((new for new in renamed if new in wanted and new not in stored), name)
+
+    return {now(name): name for name in stored}
 
 
 def _load(path: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
@@ -332,25 +364,3 @@ def _first(text: str) -> str:
     padded[: len(raw)] = raw
     texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(padded)]
     return next((text for text in texts if text), "")
-
-
-def _quiet() -> None:
-    """Keeps Orbax's log off the screen: what goes wrong is raised, and what is raised is told in one line."""
-    logger = logging.getLogger("absl")
-    if _not_orbax in logger.filters:
-        return
-    logger.addFilter(_not_orbax)
-    hook = sys.unraisablehook
-
-    def without_left_over(what) -> None:
-        # The first fault ends Orbax's event loop; what else was under way there then fails in threads and collectors.
-        code = getattr(what.object, "cr_code", None)
-        late = isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"
-        if not late and not (code and "/orbax/" in code.co_filename):
-            hook(what)
-
-    sys.unraisablehook = without_left_over
-
-
-def _not_orbax(record: logging.LogRecord) -> bool:
-    return "/orbax/" not in record.pathname

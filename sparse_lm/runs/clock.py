@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 PHASES = ("training", "setup", "data", "restoring", "compilation", "evaluation", "checkpoints", "lost")
 
@@ -11,14 +11,18 @@ class Clock:
     """Seconds in each phase; a phase within another stops the outer one, and outside of all is setup.
 
     A run that is continued counts on from `resume`, with what was lost between its checkpoint and its end as a phase.
+    beat: told what begins with a phase, for a watchdog.
     """
 
-    def __init__(self):
+    def __init__(self, beat: Callable[[str], None] = lambda doing: None):
+        self._beat = beat
         self.spent = dict.fromkeys(PHASES, 0.0)
         self._phase, self._since = "setup", time.monotonic()
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, doing: str = "") -> Iterator[None]:
+        if doing:
+            self._beat(doing)
         outer = self._phase
         self._charge(name)
         try:

@@ -5,18 +5,17 @@ per row; where a file can't grow (object stores), rows are collected and written
 the 120th row on. Both are read in the same way.
 """
 
-import fcntl
 import json
 import math
-import os
 import re
-import socket
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
 from sparse_lm.config import Config, from_dict, identity, resolve, to_dict
 from sparse_lm.errors import UserError
+from sparse_lm.runs.claim import NAME, Hold, hold, in_object_store
 
 PART = 100  # rows
 
@@ -27,7 +26,14 @@ class RunFolder:
     As a context it removes a folder that it has made when an exception comes before the first row or checkpoint.
     """
 
-    def __init__(self, path: epath.PathLike, config: Config, info: dict, primary: bool = True):
+    def __init__(
+        self,
+        path: epath.PathLike,
+        config: Config,
+        info: dict,
+        primary: bool = True,
+        while_waiting: Callable[[], None] = lambda: None,
+    ):
         """Makes the folder, or opens the run in it, whose config stays as it is until `rewind` goes on with it.
 
         Args:
@@ -35,23 +41,26 @@ class RunFolder:
             config: resolved.
             info: what else config.json holds: versions, devices, `fingerprint`, …
             primary: whether this is the process that writes.
+            while_waiting: called about every second while it is not known yet whether the process that held a folder in
+                an object store lives, which takes up to `claim.LAPSES_AFTER` seconds. What it raises ends the waiting.
 
         Raises `UserError` where another living process holds the folder, or it holds a run of another identity
         (`sparse_lm.config.identity`) or on other data.
         """
         self.path = epath.Path(path)
         self.primary = primary
-        self.continued = (self.path / "config.json").exists()  # False: a new run
-        self._lock = None
+        self._hold: Hold | None = None
         self._tables: dict[str, Table] = {}
         if not primary:
+            self.continued = self._has_run()
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.path} can't be made a run's folder: {error.strerror}") from error
-        self._lock = _lock(self.path)
+        self._hold = hold(self.path, while_waiting)
         try:
+            self.continued = self._has_run()  # False: a new run
             self._description = _dump({"config": to_dict(config), **info})
             if self.continued:
                 self._check_same(config, info)
@@ -64,6 +73,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> epath.Path:
         return self.path / "checkpoints"
+
+    @property
+    def lost(self) -> str:
+        """Why this process no longer holds the folder, on one line; empty while it does. To be asked often."""
+        return self._hold.lost if self._hold is not None else ""
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Adds a row with a `step` to the table (`metrics` or `eval`); what is not finite becomes null."""
@@ -103,24 +117,33 @@ class RunFolder:
         return read_summary(self.path)
 
     def close(self) -> None:
-        for table in self._tables.values():
-            table.close()
-        self._tables.clear()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        try:
+            for table in self._tables.values():
+                table.close(flush=not self.lost)  # a folder that is lost is another's to write to
+            self._tables.clear()
+        finally:
+            self._release()
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is not None and self.primary and not self.continued:
-            made = {path.name: path for path in self.path.iterdir()}
-            if made.keys() <= {"config.json", ".lock"}:  # nothing has come of it
-                for path in made.values():
-                    path.unlink()
-                self.path.rmdir()
+        if kind is not None and self.primary and not self.continued and not self.lost:
+            made = {path.name for path in self.path.iterdir()}
+            if made <= {"config.json", NAME}:  # nothing has come of it
+                (self.path / "config.json").unlink(missing_ok=True)
+                self._release(remove=True)
+                if self.path.exists():  # an object store has no empty folders
+                    self.path.rmdir()
         self.close()
+
+    def _has_run(self) -> bool:
+        return (self.path / "config.json").exists()
+
+    def _release(self, remove: bool = False) -> None:
+        if self._hold is not None:
+            self._hold.release(remove)
+            self._hold = None
 
     def _table(self, name: str) -> "Table":
         return self._tables.setdefault(name, Table(self.path, name))
@@ -145,7 +168,7 @@ class Table:
 
     def __init__(self, folder: epath.Path, name: str, parts: bool | None = None):
         self.folder, self.name = folder, name
-        self.parts = _remote(folder) if parts is None else parts
+        self.parts = in_object_store(folder) if parts is None else parts
         self._file = None
         self._waiting: list[str] = []
         self._stored = len(read_rows(folder, name)) if self.parts else 0
@@ -180,8 +203,9 @@ class Table:
                 write_whole(path, kept)
         self._stored = len(read_rows(self.folder, self.name)) if self.parts else 0
 
-    def close(self) -> None:
-        self.flush()
+    def close(self, flush: bool = True) -> None:
+        if flush:
+            self.flush()
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -189,10 +213,10 @@ class Table:
 
 def read_config(path: epath.PathLike) -> Config:
     """The resolved config of the run in a folder. Raises `UserError` where there is none."""
-    try:
-        return resolve(from_dict(read_info(path)["config"]))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}/config.json is not a config of this version ({error})") from error
+    info = read_info(path)
+    versions = info.get("versions")
+    written_by = versions.get("sparse_lm", "") if isinstance(versions, dict) else ""
+    return resolve(from_dict(info.get("config"), f"{path}/config.json", written_by))
 
 
 def read_info(path: epath.PathLike) -> dict[str, Any]:
@@ -232,30 +256,10 @@ def _parse(path: epath.Path, text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _lock(folder: epath.Path) -> int | None:
-    """Holds the folder for as long as the returned file is open; the kernel lets go when a process ends, however."""
-    if _remote(folder):
-        return None
-    file = os.open(os.fspath(folder / ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(file, 300).decode(errors="replace").strip() or "another process"
-        os.close(file)
-        raise UserError(f"{folder} is in use by {holder}; wait for it, end it, or choose another --workdir") from None
-    os.truncate(file, 0)
-    os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return file
-
-
-def _remote(path: epath.Path) -> bool:
-    return "://" in str(path)
-
-
 def write_whole(path: epath.Path, content: str | bytes) -> None:
     """The whole file or nothing; an object store does that by itself."""
     content = content.encode() if isinstance(content, str) else content
-    if _remote(path):
+    if in_object_store(path):
         path.write_bytes(content)
         return
     temporary = path.parent / f".{path.name}.tmp"
@@ -269,9 +273,12 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
 
 def _read(path: epath.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__}; it must hold an object")
+    return values
 
 
 def _dump(values: dict) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sparse_lm.step.build import TrainState
+from sparse_lm.step.state import TrainState
 
 
 class Moment(NamedTuple):

@@ -6,16 +6,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparse_lm import config as configs
 from sparse_lm import data
 from sparse_lm.mesh import sharding
 from sparse_lm.routing import leak
-from sparse_lm.step.build import Build, count_tokens
+from sparse_lm.stack import Stack
+from sparse_lm.step.build import Build
+from sparse_lm.step.state import count_tokens
 
 SCALARS = ("loss", "cross_entropy", "balance_loss", "z_loss", "grad_norm", "learning_rate")
 
 
-def metrics_row(model: configs.Model, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+def metrics_row(stack: Stack, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
     """A step's metrics as plain numbers: those of `SCALARS`, other losses of the router, counts, and the health of each
     routed layer."""
     metrics = jax.device_get(metrics)
@@ -23,9 +24,8 @@ def metrics_row(model: configs.Model, step: int, metrics: dict[str, Any]) -> dic
     others = set(metrics) - {"tokens", "skipped", "skipped_in_a_row", "routing"}
     row |= {name: float(metrics.get(name, 0.0)) for name in (*SCALARS, *sorted(others - set(SCALARS)))}
     row["skipped"] = int(metrics["skipped"])
-    layers = [layer for layer in range(model.layers) if model.is_expert_layer(layer)]
     for name, values in metrics["routing"].items():
-        row |= {f"routing/{layer}/{name}": float(value) for layer, value in zip(layers, values)}
+        row |= {f"routing/{layer}/{name}": float(value) for layer, value in zip(stack.routed, values)}
     return row
 
 

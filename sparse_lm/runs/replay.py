@@ -10,12 +10,15 @@ from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import sharding
 from sparse_lm.routing import ROUTERS, TokenChoice
-from sparse_lm.runs.load import build_here, same_corpus
-from sparse_lm.step.anticipation import AHEAD, step_batch
 from sparse_lm.runs.checkpoints import Checkpoints
+from sparse_lm.runs.devices import build_here
+from sparse_lm.runs.folder import read_config, read_rows
 from sparse_lm.runs.measures import metrics_row
-from sparse_lm.runs.folder import read_config, read_info, read_rows
-from sparse_lm.runs.snapshot import initial_state, restore_state
+from sparse_lm.runs.parent import initial_state, stored_parent
+from sparse_lm.runs.snapshot import restore_state
+from sparse_lm.runs.text import prepare_own
+from sparse_lm.stack import Stack
+from sparse_lm.step.anticipation import AHEAD, step_batch
 
 
 class Replayed(NamedTuple):
@@ -33,31 +36,36 @@ class Replayed(NamedTuple):
 def replay(workdir: epath.PathLike, step: int) -> Replayed:
     """Runs the step of a run again, from the newest checkpoint before it or from the beginning. The run stays as it is.
 
-    Raises `UserError` for a step that the run does not have.
+    It needs the text, and from the beginning the run that `--init-from` named. On another mesh than the run's, sums are
+    rounded in another order, and what is measured by device differs (`model.balance_over`, `model.exchange_buffer`).
+
+    Raises `UserError` for a step that the run does not have, and for what is needed and gone.
     """
     config, logged = read_config(workdir), read_rows(workdir, "metrics")
     with Checkpoints(f"{workdir}/checkpoints") as checkpoints:
         done = max([*checkpoints.steps(), *(row["step"] for row in logged)], default=0)
     if not 1 <= step <= done:
         raise UserError(f"--step is {step}; {workdir} has done steps 1 to {done}")
-    program = build_here(config)
-    config, corpus = program.config, same_corpus(program.config, workdir)
+    corpus = prepare_own(config, workdir)
+    program = build_here(config, keep_batch=True)
     batches, place = corpus.train(config.training.seed, config.training.batch), sharding(program.mesh, "batch")
     with Checkpoints(f"{workdir}/checkpoints") as checkpoints:
         before = max((saved for saved in checkpoints.steps() if saved < step), default=0)
-        init_from = read_info(workdir)["init_from"]
-        state = restore_state(program, checkpoints, before) if before else initial_state(program, init_from)
+        if before:
+            state = restore_state(program, checkpoints, before)
+        else:
+            state = initial_state(program, stored_parent(workdir), f"step {step} of {workdir}, run again,")
     for done in range(before, step - 1):
         state, _ = program.step(state, step_batch(config, batches, done, place))
     batch = step_batch(config, batches, step - 1, place)
     _, metrics, seen = jax.device_get(program.record(state, batch))
     return Replayed(
-        metrics_row(config.model, step, metrics),
+        metrics_row(program.functional.stack, step, metrics),
         next((row for row in logged if row["step"] == step), None),
         jax.device_get({name: rows for name, rows in batch.items() if name != AHEAD}),
         _whole(seen["token_losses"], config.data.length),
         config.model.experts,
-        _by_layer(config, seen["chosen"]),
+        _by_layer(config, program.functional.stack, seen["chosen"]),
         corpus.tokenizer,
     )
 
@@ -67,14 +75,13 @@ def _whole(parts: np.ndarray, length: int) -> np.ndarray:
     return parts.swapaxes(0, 1).reshape(-1, length, *parts.shape[3:])
 
 
-def _by_layer(config: configs.Config, experts: np.ndarray | None) -> dict[int, np.ndarray]:
+def _by_layer(config: configs.Config, stack: Stack, experts: np.ndarray | None) -> dict[int, np.ndarray]:
     if experts is None or ROUTERS[config.model.router.name].form is not TokenChoice:
         return {}
-    model, length = config.model, config.data.length
+    length, layers = config.data.length, stack.routed
     parts = experts.shape[0]
-    by_place = experts.reshape(parts, model.periods, -1, length, experts.shape[-1]).swapaxes(0, 1)
-    layers = [layer for layer in range(model.layers) if model.is_expert_layer(layer)]
-    return {layer: _whole(chosen, length) for layer, chosen in zip(layers, by_place)}
+    by_layer = experts.reshape(parts, len(layers), -1, length, experts.shape[-1]).swapaxes(0, 1)
+    return {layer: _whole(chosen, length) for layer, chosen in zip(layers, by_layer)}
 
 
 def describe(replayed: Replayed, rows: int = 4, characters: int = 400) -> str:

@@ -5,13 +5,14 @@ from typing import Any
 
 import jax
 
-from sparse_lm.errors import UserError
-from sparse_lm.step.build import Build, TrainState
 from sparse_lm.runs.checkpoints import Checkpoints
-from sparse_lm.step.layout import abstract_slices, stack, unstack
-from sparse_lm.runs.folder import read_config
+from sparse_lm.step.build import Build
+from sparse_lm.step.layout import abstract_slices, slice_layers, stack_layers
+from sparse_lm.step.state import TrainState
 
 POSITION = ("seed", "step", "tokens", "skipped", "skipped_in_a_row")  # the counters of a TrainState
+# How names began in checkpoints of older versions, and how they begin now. In 0.1.0 the optimizer's first part clipped.
+OLD_NAMES = {"optimizer": (("1/", "0/"),)}
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
@@ -26,16 +27,16 @@ def _parts(state: TrainState) -> dict[str, Any]:
 
 
 def _abstract(program: Build) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    model = program.config.model
-    return {item: abstract_slices(model, part) for item, part in _parts(program.abstract_state).items()}
+    stack = program.functional.stack
+    return {item: abstract_slices(stack, part) for item, part in _parts(program.abstract_state).items()}
 
 
 @functools.lru_cache(maxsize=2)
 def _cut(program: Build):
-    model = program.config.model
+    stack = program.functional.stack
     places = jax.tree.map(lambda leaf: leaf.sharding, _abstract(program))
     return jax.jit(
-        lambda state: {item: unstack(model, part) for item, part in _parts(state).items()}, out_shardings=places
+        lambda state: {item: slice_layers(stack, part) for item, part in _parts(state).items()}, out_shardings=places
     )
 
 
@@ -52,35 +53,11 @@ def restore(
     The arrays are laid out as `program` wants them, whatever mesh they were saved from. Raises `UserError`.
     """
     wanted = {item: part for item, part in _abstract(program).items() if not only or item in only}
-    _, found = checkpoints.restore(wanted, step)
+    _, found = checkpoints.restore(wanted, step, OLD_NAMES)
     parts = _parts(program.abstract_state)
-    return {item: stack(program.config.model, found[item], parts[item]) for item in wanted}
+    return {item: stack_layers(program.functional.stack, found[item], parts[item]) for item in wanted}
 
 
 def restore_state(program: Build, checkpoints: Checkpoints, step: int | None = None) -> TrainState:
     items = restore(program, checkpoints, step)
     return TrainState(**items.pop("position"), **items)
-
-
-def initial_state(program: Build, run: str = "") -> TrainState:
-    """The state of step 0, with the parameters and router state of another run (RUN@STEP) where one is named."""
-    state = program.init()
-    if not run:
-        return state
-    path, _, step = run.rpartition("@")
-    with Checkpoints(f"{path}/checkpoints") as checkpoints:
-        items = restore(program, checkpoints, int(step), only=("parameters", "router"))
-    return state._replace(**items)
-
-
-def saved_run(run: str) -> str:
-    """RUN or RUN@STEP as an absolute path and a saved step, by default the newest: what it means stays the same."""
-    path, _, step = run.rpartition("@") if run.rpartition("@")[2].isdigit() else (run, "", "")
-    read_config(path)
-    with Checkpoints(f"{path}/checkpoints") as checkpoints:
-        saved = checkpoints.steps()
-        folder = checkpoints.folder.parent
-    if not saved or (step and int(step) not in saved):
-        has = f"it has saved steps {', '.join(map(str, saved))}" if saved else "it has no saved step"
-        raise UserError(f"--init-from={run} can't be used: {has}")
-    return f"{folder}@{step or saved[-1]}"

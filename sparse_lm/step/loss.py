@@ -15,11 +15,8 @@ Batch = dict[str, jax.Array]  # inputs, targets, segments, positions [B, L] int3
 
 
 def packed_context(batch: Batch, capacity_factor: float) -> Context:
-    """Who attends to whom in packed rows: earlier positions of the same document. Segment 0 is padding."""
-    segments = batch["segments"]
-    same = segments[:, :, None] == segments[:, None, :]
-    causal = jnp.tril(jnp.ones(same.shape[1:], bool))
-    return Context(batch["inputs"], segments > 0, batch["positions"], same & causal, capacity_factor)
+    """What layers are told of packed rows; segment 0 is padding."""
+    return Context(batch["inputs"], batch["segments"], batch["positions"], capacity_factor)
 
 
 def token_losses(logits: Float[Array, "B L V"], batch: Batch) -> Float[Array, "B L"]:

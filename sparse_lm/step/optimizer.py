@@ -10,9 +10,9 @@ import optax
 from optax import contrib
 
 from sparse_lm import config as configs
+from sparse_lm.parameter import Axes, is_hidden_matrix
 from sparse_lm.registry import create
 
-Axes = tuple[str, ...]
 _is_axes = lambda value: isinstance(value, tuple)
 
 
@@ -87,7 +87,7 @@ def muon(
     """
 
     def make(axes: Axes) -> optax.GradientTransformation:
-        if "width" not in axes or "router_experts" in axes:
+        if not is_hidden_matrix(axes):
             return optax.scale_by_adam(b1=b1, b2=b2)
         inputs = (0,) if axes[0] == "width" else tuple(range(len(axes) - 1))
         outputs = tuple(i for i in range(len(axes)) if i not in inputs)

@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import tensorstore
 
 from sparse_lm.errors import UserError
 from sparse_lm.runs.checkpoints import Checkpoints
+from sparse_lm.runs.quiet import quiet_orbax
 
 ITEMS = {
     "params": {
@@ -26,6 +28,13 @@ ITEMS = {
 }
 NAMES = ["params/layers.0/w", "params/layers.0/b", "params/scale", "optimizer/0", "optimizer/1/mu", "optimizer/1/big",
          "position/batch", "position/flags"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    with quiet_orbax():
+        yield
+        gc.collect()  # what Orbax left behind after a fault
 
 
 def abstract(tree):
@@ -179,10 +188,40 @@ def test_other_arrays_than_asked_for_are_named(two, params, words):
 
 def test_a_missing_item_and_another_schema_are_named(two, capfd):
     with pytest.raises(UserError, match="none of the checkpoints"):
-        Checkpoints(two).restore({"ema": {}})
+        Checkpoints(two).restore({"ema": {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}})
     assert "checkpoint 2" in (err := capfd.readouterr().err) and "no item 'ema'" in err
     with pytest.raises(UserError, match="schema 1; this version reads 2"):
         Checkpoints(two, schema=2).restore({})
+
+
+def test_an_item_without_arrays_need_not_be_there(two):
+    """Versions before it was added saved none."""
+    assert Checkpoints(two).restore({"ema": {}, "router": {}}) == (2, {"ema": {}, "router": {}})
+
+
+def test_arrays_under_old_names_are_found_and_checked(two):
+    optimizer = (abstract(ITEMS["optimizer"][1]), abstract(ITEMS["optimizer"][0]))  # in the other order
+    wanted = {"optimizer": optimizer, "position": abstract(ITEMS["position"])}
+    old_names = {"optimizer": (("1/", "0/"), ("0", "1"))}
+    step, items = Checkpoints(two).restore(wanted, old_names=old_names)
+    assert step == 2 and same(items["optimizer"], shifted(2)["optimizer"][::-1])
+    assert same(Checkpoints(two).restore(abstract(ITEMS), old_names=old_names)[1], shifted(2))  # no longer needed
+    with pytest.raises(UserError, match="checkpoint 2 .*array optimizer/0"):
+        Checkpoints(two).restore(wanted)
+    flip(two / "2", "optimizer", "1/mu")
+    with pytest.raises(UserError, match="array optimizer/0/mu has changed"):
+        Checkpoints(two).restore(wanted, 2, old_names)
+
+
+def test_items_are_identified_by_what_they_hold(two, tmp_path_factory):
+    with Checkpoints(tmp_path_factory.mktemp("again")) as again:
+        again.save(7, shifted(2), {"at": "another time"}, loss=3.0)
+        again.wait()
+        one, two_ = Checkpoints(two).identify(2, ("params", "router")), again.identify(7, ("params", "router"))
+    assert one == two_ != Checkpoints(two).identify(1, ("params", "router"))
+    assert one != Checkpoints(two).identify(2, ("params",))
+    with pytest.raises(UserError, match="no checkpoint 5 .*there are: 1, 2"):
+        Checkpoints(two).identify(5, ("params",))
 
 
 def test_goes_on_behind_a_damaged_one_and_replaces_it(two):
@@ -247,6 +286,9 @@ FULL = """
 import resource, sys, jax.numpy as jnp, numpy as np
 from sparse_lm.errors import UserError
 from sparse_lm.runs.checkpoints import Checkpoints
+from sparse_lm.runs.quiet import quiet_orbax
+quiet = quiet_orbax()
+quiet.__enter__()
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 arrays = {str(i): jnp.asarray(np.random.default_rng(i).random(100_000, np.float32)) for i in range(8)}
 checkpoints = Checkpoints(sys.argv[1])

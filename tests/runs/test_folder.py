@@ -116,8 +116,8 @@ def test_what_is_missing_is_said(tmp_path):
         read_config(tmp_path / "nowhere")
     with pytest.raises(UserError, match="it has no config.json"):
         read_config(tmp_path)
-    (tmp_path / "config.json").write_text('{"config": {"name": ""}}')
-    with pytest.raises(UserError, match="not a config of this version .*model"):
+    (tmp_path / "config.json").write_text('{"config": {"name": 3}}')
+    with pytest.raises(UserError, match="config.json: name is 3; it must be of type str"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is not JSON"):
