@@ -76,7 +76,7 @@ def test_a_cache_gives_what_the_whole_pass_gives(name):
     parameters, state = fns.init(jax.random.key(0)), fns.init_router_state()
     ids = np.random.default_rng(0).integers(1, 64, (2, length)).astype(np.int32)
     ones, at = np.ones_like(ids), np.tile(np.arange(length, dtype=np.int32), (2, 1))
-    batch = {"inputs": ids, "segments": ones, "positions": at}
+    batch = {name: jnp.asarray(rows) for name, rows in (("inputs", ids), ("segments", ones), ("positions", at))}
     whole = jax.jit(lambda: fns.apply(parameters, ids, packed_context(batch, math.inf), state).logits)()
     step = jax.jit(lambda *args: cached_logits(fns, parameters, state, *args))
     caches, found = fns.init_caches(2, length), []

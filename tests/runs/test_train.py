@@ -122,13 +122,15 @@ def test_too_many_skipped_steps_end_the_run(config, tmp_path):
     assert not (tmp_path / "run/summary.json").exists()
 
 
-def test_nothing_more_is_written_to_a_folder_that_another_process_has_taken(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [1, 6])
+def test_nothing_more_is_written_to_a_folder_that_another_process_has_taken(config, tmp_path, monkeypatch, every):
+    """Which is known after the evaluation of step 2: neither its checkpoint nor a row of step 3 follows."""
     monkeypatch.setattr(RunFolder, "lost", property(lambda self: "process 7 holds it now" if self.rows("eval") else ""))
-    fields = {"evaluation__every": 2, "checkpoints__every": 1, "training__steps": 4, "checkpoints__keep": 9}
+    fields = {"evaluation__every": 2, "checkpoints__every": every, "training__steps": 6, "checkpoints__keep": 9}
     with pytest.raises(RunFailed, match="process 7 holds it now"):
-        runs.train(config(**fields), tmp_path / "run")  # step 2 is evaluated, and is not saved any more
+        runs.train(config(**fields), tmp_path / "run")
     assert [row["step"] for row in read_rows(tmp_path / "run", "metrics")] == [1, 2]
-    assert Checkpoints(tmp_path / "run/checkpoints").steps() == [1]
+    assert Checkpoints(tmp_path / "run/checkpoints").steps() == ([1] if every == 1 else [])
     assert not (tmp_path / "run/summary.json").exists()
 
 

@@ -1,10 +1,10 @@
+import copy
 import dataclasses
 import functools
 import math
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,8 @@ def test_padding_is_not_valid_and_positions_count_from_the_rows_first_token():
         seen.append(context)
         return fns.apply(parameters, ids, context, *args, **kwargs)
 
-    recording, lengths, ones = SimpleNamespace(apply=apply), jnp.array([1, 4]), jnp.ones(2, int)
+    recording, lengths, ones = copy.copy(fns), jnp.array([1, 4]), jnp.ones(2, int)
+    recording.apply = apply
     caches = fns.init_caches(2, 6)
     caches = cached_logits(recording, parameters, {}, caches, jnp.ones((2, 4), int), 0 * lengths, lengths)[1]
     cached_logits(recording, parameters, {}, caches, jnp.ones((2, 1), int), lengths, ones)

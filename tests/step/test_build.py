@@ -12,9 +12,10 @@ from sparse_lm.config import choice, compute_capacity
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import AXES, make_mesh
 from sparse_lm.models import functional
-from sparse_lm.step.build import build, count_tokens
+from sparse_lm.step.build import build
 from sparse_lm.step.loss import loss
 from sparse_lm.step.schedules import schedule
+from sparse_lm.step.state import count_tokens
 from tests import tiny
 
 SPARSE = {"model__experts": 4, "model__capacity_factor": 1.0, "model__router": tiny.switch(z_loss=0.001)}
