@@ -77,7 +77,7 @@ def test_a_cache_gives_what_the_whole_pass_gives(name):
     ids = np.random.default_rng(0).integers(1, 64, (2, length)).astype(np.int32)
     ones, at = np.ones_like(ids), np.tile(np.arange(length, dtype=np.int32), (2, 1))
     batch = {name: jnp.asarray(rows) for name, rows in (("inputs", ids), ("segments", ones), ("positions", at))}
-    whole = jax.jit(lambda: fns.apply(parameters, ids, packed_context(batch, math.inf), state).logits)()
+    whole = jax.jit(lambda: fns.apply(parameters, batch["inputs"], packed_context(batch, math.inf), state).logits)()
     step = jax.jit(lambda *args: cached_logits(fns, parameters, state, *args))
     caches, found = fns.init_caches(2, length), []
     for start in range(length):

@@ -176,7 +176,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             known = self.steps()
-            for path in list(self.folder.iterdir()):
+            for path in list(self.folder.iterdir()) if self.folder.exists() else []:
                 number = path.name.split(".")[0]  # N, or N.orbax-checkpoint-tmp…
                 if number.isdigit() and not (path.name == number and int(number) in known):
                     path.rmtree()
@@ -215,7 +215,7 @@ class Checkpoints:
         """What to raise for a failed save, after removing what there is of it."""
         if jax.process_index() == 0:
             for path in list(self.folder.glob("*.orbax-checkpoint-tmp*")):
-                shutil.rmtree(path, ignore_errors=True)
+                path.rmtree(missing_ok=True)
         code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's way to tell errno
         if (int(code[1]) if code else getattr(error, "errno", None)) in FULL:
             return UserError(f"the disk is full: a checkpoint could not be written to {self.folder}")
