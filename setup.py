@@ -12,7 +12,7 @@ HERE = pathlib.Path(__file__).parent
 
 setup(
     name="sparse_lm",
-    version="0.1.0",
+    version="0.3.0",
     description="Train sparse mixture-of-experts language models in JAX and compare them with their dense twins",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
@@ -38,11 +38,12 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
+        "gcs": ["gcsfs"],
         "hf": ["transformers", "sentencepiece", "torch==2.13.0"],
         "sentencepiece": ["sentencepiece"],
         "tensorboard": ["tensorboard"],
         "notebooks": ["jupyterlab"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "beartype", "sentencepiece", "importlib_resources"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "beartype", "sentencepiece", "importlib_resources", "gcsfs"],
     },
     entry_points={"console_scripts": ["sparse-lm=sparse_lm.cli:main"]},
     classifiers=["Programming Language :: Python :: 3", "Operating System :: POSIX :: Linux"],

@@ -11,6 +11,8 @@ Expected: 7.41 B parameters (the paper prints 7 B), 220 M of them active; 1.44 G
 The published shape is an encoder-decoder's; here both stacks' layers stand in one decoder, without cross-attention
 and with an embedding and an output layer of its own (untied, as in T5 v1.1). The published qualities are of span
 corruption and say nothing about the loss of a language model.
+
+switch_large.py, switch_xxl.py and switch_c.py begin from this config and change what is theirs.
 """
 
 from sparse_lm.config import Checkpoints, Config, Data, Evaluation, Mesh, Model, Optimizer, Training, choice

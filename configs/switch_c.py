@@ -13,46 +13,25 @@ An even share of a row's 512 tokens is a quarter of a token per expert, and a pl
 The published shape is an encoder-decoder's; here both stacks' layers stand in one decoder, without cross-attention
 and with an embedding and an output layer of its own (untied, as in T5 v1.1). The published qualities are of span
 corruption and say nothing about the loss of a language model.
+
+What is not set here is Switch-Base's; switch_base.py has to lie beside this file.
 """
 
-from sparse_lm.config import Checkpoints, Config, Data, Evaluation, Mesh, Model, Optimizer, Training, choice
+from pathlib import Path
+
+from sparse_lm.command_line import load_config
+from sparse_lm.config import Config, Mesh, Training
 
 
 def get_config() -> Config:
-    return Config(
-        name="switch_c",
-        model=Model(
-            vocabulary=32_128,
-            width=2080,
-            layers=30,
-            heads=32,
-            head_width=64,
-            ffn_width=6144,
-            activation="gelu",
-            tied_embeddings=False,
-            init_scale=0.1,
-            dtype="bfloat16",
-            remat="full",
-            experts=2048,
-            expert_every=1,
-            router=choice("switch", jitter=0.01, balance_loss=0.01, z_loss=0.0),
-            executor="einsum",
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
-            group_size=4096,
-        ),
-        data=Data(sources=("tfds:c4/en",), length=512),
-        mesh=Mesh(expert=256, tensor=2),
-        # T5's, with a warm-up: relative updates, 1 / sqrt(step) from 10,000 on; updates are clipped, not gradients.
-        optimizer=Optimizer(
-            algorithm=choice("adafactor"),
-            learning_rate=0.01,
-            weight_decay=0.0,
-            clip_norm=0.0,
-            schedule=choice("rsqrt"),
-            warmup_steps=10_000,
-        ),
-        training=Training(steps=500_000, batch=2048),
-        evaluation=Evaluation(every=2_000, rows=2048),
-        checkpoints=Checkpoints(every=1_000),
-    )
+    config = load_config(str(Path(__file__).with_name("switch_base.py")))
+    config.name = "switch_c"
+    model = config.model
+    model.width, model.heads, model.ffn_width = 2080, 32, 6144
+    model.layers = 30
+    model.activation = "gelu"
+    model.remat = "full"
+    model.experts, model.expert_every, model.group_size = 2048, 1, 4096
+    config.mesh = Mesh(expert=256, tensor=2)
+    config.training = Training(steps=500_000, batch=2048)
+    return config

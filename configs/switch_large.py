@@ -10,45 +10,23 @@ Expected: 27.1 B parameters (the paper prints 26 B, which its own shape does not
 The published shape is an encoder-decoder's; here both stacks' layers stand in one decoder, without cross-attention
 and with an embedding and an output layer of its own (untied, as in T5 v1.1). The published qualities are of span
 corruption and say nothing about the loss of a language model.
+
+What is not set here is Switch-Base's; switch_base.py has to lie beside this file.
 """
 
-from sparse_lm.config import Checkpoints, Config, Data, Evaluation, Mesh, Model, Optimizer, Training, choice
+from pathlib import Path
+
+from sparse_lm.command_line import load_config
+from sparse_lm.config import Config
 
 
 def get_config() -> Config:
-    return Config(
-        name="switch_large",
-        model=Model(
-            vocabulary=32_128,
-            width=1024,
-            layers=48,
-            heads=16,
-            head_width=64,
-            ffn_width=2816,
-            activation="geglu",
-            tied_embeddings=False,
-            init_scale=0.1,
-            dtype="bfloat16",
-            remat="full",
-            experts=128,
-            expert_every=2,
-            router=choice("switch", jitter=0.01, balance_loss=0.01, z_loss=0.0),
-            executor="einsum",
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
-        ),
-        data=Data(sources=("tfds:c4/en",), length=512),
-        mesh=Mesh(expert=64),
-        # T5's, with a warm-up: relative updates, 1 / sqrt(step) from 10,000 on; updates are clipped, not gradients.
-        optimizer=Optimizer(
-            algorithm=choice("adafactor"),
-            learning_rate=0.01,
-            weight_decay=0.0,
-            clip_norm=0.0,
-            schedule=choice("rsqrt"),
-            warmup_steps=10_000,
-        ),
-        training=Training(steps=500_000, batch=2048, accumulation=4),
-        evaluation=Evaluation(every=2_000, rows=2048),
-        checkpoints=Checkpoints(every=1_000),
-    )
+    config = load_config(str(Path(__file__).with_name("switch_base.py")))
+    config.name = "switch_large"
+    model = config.model
+    model.width, model.heads, model.ffn_width = 1024, 16, 2816
+    model.layers = 48
+    model.remat = "full"
+    config.mesh.expert = 64
+    config.training.steps = 500_000
+    return config

@@ -16,14 +16,13 @@ import sys
 from absl import flags
 from etils import epath
 
-from sparse_lm import run
 from sparse_lm.command_line import define_config
 from sparse_lm.config import Config, choice, resolve
 from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.routing import leak
+from sparse_lm.runs.folder import read_rows, write_whole
 from sparse_lm.scaling.outcome import SPLIT, Run, finished_run
 from sparse_lm.scaling.statistics import interval, mean
-from sparse_lm.training.run_folder import read_rows, write_whole
 
 # One expert of the quickstart's width per token, or two of half of it. A run is short, so deepseek's bias moves ten
 # times as fast as in a long one.
@@ -61,7 +60,7 @@ def main() -> None:
     for seed in range(values.seeds):
         for name in values.routers:
             folder = f"{values.workdir}/{name.replace(', ', '-')}-seed{seed}"
-            run.train(configured(values.config, name, seed), folder)
+            runs.train(configured(values.config, name, seed), folder)
             runs[name].append(finished_run(folder))
     folder = epath.Path(values.workdir)
     write_whole(folder / "routers.md", (text := table(runs)).encode())

@@ -1,5 +1,6 @@
 """The commands. Each parses, calls one function, and prints."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -59,6 +60,12 @@ def _evaluate_flags(values: flags.FlagValues) -> None:
     _saved_flags(values)
     _distributed_flags(values)
     flags.DEFINE_float("capacity_factor", None, "of the evaluation; inf drops nothing", flag_values=values)
+    flags.DEFINE_multi_string(
+        "sources",
+        None,
+        "other text to evaluate on, as in --config.data.sources; by default the held-out text of the run",
+        flag_values=values,
+    )
 
 
 def _compare_flags(values: flags.FlagValues) -> None:
@@ -86,11 +93,11 @@ def _generate_flags(values: flags.FlagValues) -> None:
 
 
 def _train(options: flags.FlagValues) -> None:
-    from sparse_lm import run
+    from sparse_lm import runs
 
     config = resolve(options.config)
     workdir = options.workdir or f"runs/{config.name or 'run'}"
-    summary = run.train(config, workdir, options.init_from)
+    summary = runs.train(config, workdir, options.init_from)
     if not _primary():
         return
     for split, measured in summary["evaluation"].items():
@@ -104,40 +111,41 @@ def _train(options: flags.FlagValues) -> None:
 
 
 def _evaluate(options: flags.FlagValues) -> None:
-    from sparse_lm import run
+    from sparse_lm import runs
 
-    measured = run.evaluate(_workdir(options), options.step, options.capacity_factor)
+    sources = options.sources or ()
+    measured = runs.evaluate(_workdir(options), options.step, options.capacity_factor, sources=sources)
     if _primary():
         print(json.dumps(measured, indent=2))
         if measured["leak"]:
             _warn(f"this loss is not that of a causal language model: {measured['leak']}")
 
 
-def _compare(options: flags.FlagValues, runs: list[str]) -> None:
-    from sparse_lm import run
+def _compare(options: flags.FlagValues, folders: list[str]) -> None:
+    from sparse_lm import runs
     from sparse_lm.scaling.compare import compare, compare_runs
     from sparse_lm.scaling.report import summary
 
-    if runs:
-        print(summary(compare_runs(*runs, options.workdir, options.price_per_hour)))
+    if folders:
+        print(summary(compare_runs(*folders, options.workdir, options.price_per_hour)))
         return
     config = resolve(options.config)
     workdir = options.workdir or f"runs/compare-{config.name or 'run'}"
-    result = compare(config, run.train, workdir, options.seeds, options.sweep_learning_rate, options.price_per_hour)
+    result = compare(config, runs.train, workdir, options.seeds, options.sweep_learning_rate, options.price_per_hour)
     if _primary():
         print(f"{summary(result)}\n\nwritten: {workdir}/comparison.md, comparison.json and comparison.png")
 
 
 def _generate(options: flags.FlagValues) -> None:
-    from sparse_lm import run
+    from sparse_lm import runs
     from sparse_lm.routing import ROUTERS
     from sparse_lm.serving import Generator, Sampling, beyond_training, generate_folder, stream_text
 
     if bool(options.prompt) == bool(options.prompts) or bool(options.prompts) != bool(options.out):
         raise UserError("give --prompt=TEXT, or --prompts=FOLDER and --out=FILE.jsonl, and not both")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    model = run.load(_workdir(options), options.step)
-    tokenizer = model.corpus.tokenizer
+    model = runs.load(_workdir(options), options.step)
+    tokenizer = model.tokenizer
     generator = Generator(
         model.config.model,
         model.parameters,
@@ -185,7 +193,7 @@ def _profile(options: flags.FlagValues) -> None:
 
 
 def _replay(options: flags.FlagValues) -> None:
-    from sparse_lm import replay
+    from sparse_lm.runs import replay
 
     if options.step is None:
         raise UserError("--step=N is missing, the step to run again")
@@ -222,6 +230,7 @@ class Command(NamedTuple):
     run: Callable[..., None]
     config: bool = False  # whether it takes --config
     distributed: bool = False  # whether several processes run it together
+    opens_runs: bool = True  # whether it reads or writes the folder of a run
 
 
 COMMANDS = {
@@ -231,8 +240,8 @@ COMMANDS = {
         "train a sparse model and its dense twin, or compare RUN_A RUN_B", _compare_flags, _compare, True, True
     ),
     "generate": Command("continue a text", _generate_flags, _generate),
-    "info": Command("parameters, FLOPs and memory of a config", lambda values: None, _info, True),
-    "profile": Command("show where a training step's time goes", _profile_flags, _profile, True),
+    "info": Command("parameters, FLOPs and memory of a config", lambda values: None, _info, True, opens_runs=False),
+    "profile": Command("show where a training step's time goes", _profile_flags, _profile, True, opens_runs=False),
     "replay": Command("run one step of a run again and look into it", _replay_flags, _replay),
 }
 
@@ -310,14 +319,14 @@ def _dispatch(argv: list[str]) -> None:
         print(_help(name, command, values))
         return
     plain = [a for a in arguments if not a.startswith("-")]
-    runs = plain if name == "compare" and "--config" not in arguments else []
-    if plain and not runs:
+    folders = plain if name == "compare" and "--config" not in arguments else []
+    if plain and not folders:
         raise UserError(
             f"{plain[0]!r} is not understood; flags are written --flag=value, as in --config=configs/quickstart.py"
         )
     _check_flags(name, command, values, arguments)
     line = [name, *arguments]
-    if command.config and not runs:
+    if command.config and not folders:
         define_config(values, line)
     try:
         values(line)
@@ -325,9 +334,15 @@ def _dispatch(argv: list[str]) -> None:
         said = str(error).replace("invalid literal for int() with base 10:", "it must be a whole number, not")
         said = re.sub(r"\('Non-boolean argument to boolean flag', (.*)\)", r"it must be true or false, not \1", said)
         raise UserError(said) from error
-    if name == "compare" and len(runs) not in (0, 2):
-        raise UserError(f"compare takes --config=FILE, or the folders of two runs; {len(runs)} given: {' '.join(runs)}")
+    if name == "compare" and len(folders) not in (0, 2):
+        given = f"{len(folders)} given: {' '.join(folders)}"
+        raise UserError(f"compare takes --config=FILE, or the folders of two runs; {given}")
     keep_freed_memory()
-    if command.distributed and not runs:
+    if command.distributed and not folders:
         _initialize(values)
-    command.run(values, *([runs] if name == "compare" else []))
+    with contextlib.ExitStack() as entered:
+        if command.opens_runs:
+            from sparse_lm.runs.quiet import quiet_orbax
+
+            entered.enter_context(quiet_orbax())
+        command.run(values, *([folders] if name == "compare" else []))

@@ -16,6 +16,7 @@ from typing import Any, Self
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from sparse_lm.errors import UserError, nearest, nearest_divisor
+from sparse_lm.stored_config import fill
 
 
 class Node:
@@ -66,9 +67,13 @@ class Model(Node):
     init_scale: float = 1.0  # s in the standard deviation sqrt(s / fan_in) of every matrix; Switch uses 0.1
     dropout: float = 0.0  # on the embedding and on each residual branch
     dtype: str = "float32"  # of the computation: float32 or bfloat16; parameters are always float32
+    attention: Choice = field(default_factory=lambda: choice("full"))  # the kind of attention: models/table.py
     remat: str = "none"  # what the backward pass computes again: none, dots (all but products with dense weights), full
     scan: bool = True  # layers in one compiled loop; False unrolls it
 
+    # Kind of the layer in the last place of each period: auto: experts where there are any, blocks where there is a
+    # layout, otherwise dense.
+    feed_forward: Choice = field(default_factory=lambda: choice("auto"))
     experts: int = 0  # E in each expert layer; 0: a dense feed-forward layer of expert_width in its place
     layout: Choice = field(default_factory=lambda: choice("dense"))  # blocks of that layer's matrices that exist
     expert_width: int = 0  # F, hidden width of one expert; 0: ffn_width
@@ -90,27 +95,11 @@ class Model(Node):
     @property
     def sparse(self) -> bool:
         """Whether a token uses some of the parameters, or of the blocks of a matrix, only."""
-        return self.experts > 0 or self.layout.name != "dense"
-
-    @property
-    def gated(self) -> bool:
-        return self.activation in ("geglu", "swiglu")
-
-    @property
-    def periods(self) -> int:
-        """How many times the period of expert_every layers is repeated after the dense_first ones."""
-        return (self.layers - self.dense_first) // self.expert_every
-
-    def is_expert_layer(self, layer: int) -> bool:
-        """Whether layer (0, 1, …) is an expert layer or the dense one in its place: the last of each period."""
-        return layer >= self.dense_first and (layer - self.dense_first) % self.expert_every == self.expert_every - 1
-
-    def layer_width(self, layer: int) -> int:
-        """Hidden width of the layer's feed-forward part, of one expert where it has experts."""
-        return self.expert_width if self.is_expert_layer(layer) else self.ffn_width
+        other = self.feed_forward.name not in ("auto", "dense")
+        return self.experts > 0 or self.layout.name != "dense" or other
 
 
-def capacity(tokens: int, experts: int, top_k: int, factor: float) -> int:
+def compute_capacity(tokens: int, experts: int, top_k: int, factor: float) -> int:
     """Places per expert and group, C: an even share of the choices times the factor, rounded up, at most all tokens.
 
     Fedus et al. 2021, equation 3. Rounded up, so that a factor of 1 always has a place for every choice of an even
@@ -216,7 +205,7 @@ class Config(Node):
 
 def resolve(config: Config) -> Config:
     """A frozen copy with derived values filled in; resolving twice changes nothing. Raises `UserError`."""
-    config = from_dict(to_dict(config))
+    config = from_dict(to_dict(config), file="")
     _check_ranges(config)
     model = config.model
     model.kv_heads = model.kv_heads or model.heads
@@ -321,23 +310,19 @@ def to_dict(config: Any) -> Any:
     return list(config) if isinstance(config, tuple) else config
 
 
-def from_dict(values: dict, kind: type = Config) -> Any:
-    """The config that `to_dict` came from, unfrozen."""
-    made = {}
-    for f in dataclasses.fields(kind):
-        value = values[f.name]
-        if dataclasses.is_dataclass(f.type):
-            value = from_dict(value, f.type)
-        elif f.type is ConfigDict:
-            value = ConfigDict(value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif f.type is float and type(value) is int:
-            value = float(value)
-        elif f.type in (int, float, bool, str) and type(value) is not f.type:
-            raise UserError(f"{kind.__name__.lower()}.{f.name} is {value!r}; it must be of type {f.type.__name__}")
-        made[f.name] = value
-    return kind(**made)
+def from_dict(values: Any, file: str = "config.json", written_by: str = "") -> Config:
+    """The config that `to_dict` came from, unfrozen; a version before this one may have stored it.
+
+    Args:
+        values: what JSON gave.
+        file: where they are stored, for messages; "" where they are in no file.
+        written_by: the version that stored them, for messages; "" where that is not known.
+
+    Raises `UserError` for a field that this version does not know and for a value of another type.
+    """
+    config = Config()
+    fill(config, values, file, written_by)
+    return config
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -347,6 +332,7 @@ def identity(config: Config) -> dict[str, Any]:
     if config.training.anticipation.ahead:
         kept.append("accumulation")  # choices made ahead are kept by microbatch
     values["training"] = {k: values["training"][k] for k in kept}
+    del values["data"]["tokenizer"]  # a path, which may move; what is at it is part of the data's fingerprint
     flat = {}
 
     def walk(prefix: str, value: Any):

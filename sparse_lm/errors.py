@@ -9,6 +9,10 @@ class UserError(Exception):
     """What was wrong, where, and what would be right, on one line. Commands print it and exit with code 2."""
 
 
+class DoesNotFit(UserError):
+    """A size that the devices along an axis of the mesh do not divide, or a mesh that is not of these devices."""
+
+
 class RunFailed(Exception):
     """A run that can't go on through no mistake on the command line. Printed on one line; exit code 1."""
 

@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-CHECKED = ("mesh", "parameter", "registry", "routing", "experts", "models", "training", "serving", "kernels")
+CHECKED = ("mesh", "parameter", "registry", "routing", "experts", "models", "step", "serving", "runs", "kernels")
 install_import_hook([f"sparse_lm.{name}" for name in CHECKED], "beartype.beartype")
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -14,9 +14,10 @@ from flax import nnx
 
 from sparse_lm import config as configs
 from sparse_lm.mesh import make_mesh, sharding
-from sparse_lm.models.layer import Context, ExpertLayer
+from sparse_lm.models.context import Context
+from sparse_lm.models.expert_layer import ExpertLayer
 from sparse_lm.routing.losses import by_region
-from sparse_lm.training.build import build
+from sparse_lm.step.build import build
 from tests import tiny
 
 MESHES = {
@@ -95,15 +96,15 @@ def shard(parameters: dict) -> tuple[int, ...]:
 
 
 def overflow(mesh, devices: int) -> dict:
-    """An expert layer in training with room for half of an even share of rows; and without what finds no room."""
+    """An expert layer in training, with buffers for half of an even share of rows; and without what overflows."""
     router = configs.choice("topk", normalize=False)  # a choice's weight is then its own
     fields = dict(experts=8, top_k=2, executor="grouped", exchange_buffer=0.5, capacity_factor=math.inf, router=router)
     model = tiny.config(**{f"model__{name}": value for name, value in fields.items()}, training__batch=8).model
-    graph, state = nnx.split(ExpertLayer(model, nnx.Rngs(params=0)))
+    graph, state = nnx.split(ExpertLayer(model, model.expert_width, nnx.Rngs(params=0)))
     random = np.random.default_rng(0)
     x, dy = random.normal(size=(2, 8, 16, model.width)).astype(np.float32)
     valid, at = np.arange(16) < 16 - np.array(PADDING)[:, None], jnp.zeros((8, 16), jnp.int32)
-    context = Context(at, jnp.asarray(valid), at, jnp.ones((8, 16, 16), bool), math.inf)
+    context = Context(at, jnp.asarray(valid, jnp.int32), at, math.inf)
 
     @jax.jit
     def run(x, given):
@@ -111,17 +112,17 @@ def overflow(mesh, devices: int) -> dict:
             y, aux = nnx.merge(graph, state)(x, context, {}, jax.random.key(0), given)
             return y, (aux.statistics["dropped"], aux.chosen)
 
-        y, back, seen = jax.vjp(layer, x, has_aux=True)
-        return y, back(jnp.asarray(dy))[0], *seen
+        y, vjp, seen = jax.vjp(layer, x, has_aux=True)
+        return y, vjp(jnp.asarray(dy))[0], *seen
 
     with jax.set_mesh(mesh):
         y, dx, dropped, chosen = jax.device_get(run(x, None))
-    lost = without_room(chosen, mesh.shape["data"], devices)
-    *expected, _, _ = jax.device_get(run(x, np.where(lost, -1, chosen)))
-    nowhere = valid & (lost | (chosen < 0)).all(axis=-1)
+    overflowing = find_overflowing(chosen, mesh.shape["data"], devices)
+    *expected, _, _ = jax.device_get(run(x, np.where(overflowing, -1, chosen)))
+    nowhere = valid & (overflowing | (chosen < 0)).all(axis=-1)
     return {
         "dropped": float(dropped),
-        "counted": int(lost.sum()),
+        "counted": int(overflowing.sum()),
         "choices": int((chosen >= 0).sum()),
         "tokens without output": int(nowhere.sum()),
         "their output": float(np.abs(y[nowhere]).max()),
@@ -129,19 +130,19 @@ def overflow(mesh, devices: int) -> dict:
     }
 
 
-def without_room(chosen, parts: int, devices: int):
-    """Which choices [G, S, K] of 8 experts find no room on their expert's device, where each of the devices makes room
-    for half of the choices that it begins with. The groups are divided into parts, and those over the devices."""
-    lost = np.zeros(chosen.shape, bool)
+def find_overflowing(chosen, parts: int, devices: int):
+    """Which choices [G, S, K] of 8 experts overflow the buffer of their expert's device, which holds half as many rows
+    as a device begins with. The groups are divided into parts, and those over the devices."""
+    overflowing = np.zeros(chosen.shape, bool)
     for part in np.split(np.arange(len(chosen)), parts):
-        for there in range(devices):
-            room = math.ceil(0.5 * chosen[part].size / devices)
-            for here in np.split(part, devices):
-                for expert in range(there * 8 // devices, (there + 1) * 8 // devices):
-                    for g, s, k in zip(*np.nonzero(chosen[here] == expert)):
-                        lost[here[g], s, k] = room <= 0
-                        room -= 1
-    return lost
+        for receiver in range(devices):
+            free = math.ceil(0.5 * chosen[part].size / devices)
+            for groups in np.split(part, devices):
+                for expert in range(receiver * 8 // devices, (receiver + 1) * 8 // devices):
+                    for g, s, k in zip(*np.nonzero(chosen[groups] == expert)):
+                        overflowing[groups[g], s, k] = free <= 0
+                        free -= 1
+    return overflowing
 
 
 def regions() -> dict:

@@ -14,7 +14,7 @@ from sparse_lm import config as configs
 from sparse_lm.experts import EXECUTORS
 from sparse_lm.mesh import make_mesh
 from sparse_lm.routing import ROUTERS
-from sparse_lm.training.build import build
+from sparse_lm.step.build import build
 from tests import tiny
 from tests.routing import table
 

@@ -9,8 +9,8 @@ import sparse_lm
 
 ROOT = pathlib.Path(sparse_lm.__file__).parent
 ORDER = (
-    "errors config registry layouts command_line cost host_memory mesh parameter data kernels routing experts models "
-    "training serving scaling run replay profile cli __main__"
+    "errors stored_config config registry layouts command_line stack host_memory mesh parameter data kernels routing "
+    "experts models cost step serving runs scaling profile cli __main__"
 ).split()
 
 
@@ -44,11 +44,12 @@ def test_every_room_is_in_the_list():
     assert rooms == set(ORDER)
 
 
-def test_config_and_cost_need_no_jax():
-    code = "import sys, sparse_lm.cost.info, sparse_lm.command_line; sys.exit('jax' in sys.modules)"
+def test_config_and_stack_need_no_jax():
+    code = "import sys, sparse_lm.stack, sparse_lm.command_line; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_nothing_imports_tensorflow_or_torch():
-    code = "import sys, sparse_lm.run, sparse_lm.replay; sys.exit(bool({'tensorflow', 'torch'} & set(sys.modules)))"
+    modules = "sparse_lm.runs.train, sparse_lm.runs.replay"
+    code = f"import sys, {modules}; sys.exit(bool({{'tensorflow', 'torch'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -39,6 +39,10 @@ def said(capsys, *arguments: str, code: int = 2) -> str:
         (["evaluate", "--workdir=nowhere"], "there is no run in nowhere: it does not exist"),
         (["generate", "--workdir=nowhere"], "give --prompt=TEXT"),
         (["replay", "--workdir=nowhere"], "--step=N is missing"),
+        (
+            ["train", "--config=configs/quickstart.py", "--workdir=nothing", "--init-from=nowhere@3"],
+            "there is no run in ",
+        ),
         (["compare", "one", "two"], "there is no run in one"),
         (["compare", "one"], "two runs"),
     ],
@@ -143,7 +147,7 @@ def test_a_folder_that_another_process_writes_to(capsys, config, tmp_path):
     command = ["train", f"--config={config}", f"--workdir={tmp_path}/run", "--config.training.steps=5"]
     commands.run(*command)
     holder = (
-        "import time; from sparse_lm.training.run_folder import RunFolder, read_config, read_info; "
+        "import time; from sparse_lm.runs.folder import RunFolder, read_config, read_info; "
         f"p = '{tmp_path}/run'; f = RunFolder(p, read_config(p), read_info(p)); "
         "print('held', flush=True); time.sleep(99)"
     )
@@ -165,13 +169,30 @@ def test_help_lists_the_commands(capsys):
     assert "--init-from" in capsys.readouterr().out
 
 
+def test_orbax_is_quiet_within_a_command_alone(monkeypatch):
+    seen, before = [], sys.unraisablehook
+    look = cli.COMMANDS["replay"]._replace(run=lambda options: seen.append(sys.unraisablehook))
+    monkeypatch.setitem(cli.COMMANDS, "replay", look)
+    cli.main(["replay"])
+    assert seen != [before] and sys.unraisablehook is before
+
+
 def test_commands_work_on_a_run(capsys, config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     workdir = "--workdir=run"
     cli.main(["train", f"--config={config}", workdir])
+    capsys.readouterr()
     cli.main(["evaluate", workdir])
     evaluated = capsys.readouterr()
-    assert '"step": 20' in evaluated.out and '"leak": ""' in evaluated.out
+    found = json.loads(evaluated.out)
+    assert (found["step"], found["leak"], found["sources"]) == (20, "", [f"folder:{config.parent}/text"])
+    (tmp_path / "other").mkdir()
+    for i in range(60):
+        (tmp_path / f"other/{i}.txt").write_text(f"the {i} cats sat on mats all day long and went away " * 5)
+    cli.main(["evaluate", workdir, "--sources=folder:other", f"--sources=folder:{config.parent}/text"])
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["sources"] == ["folder:other", f"folder:{config.parent}/text"]
+    assert measured["evaluation"].keys() >= {"validation_other", "validation_text", "test"}
     cli.main(["generate", workdir, "--prompt=the cat", "--tokens=5", "--temperature=0"])
     generated = capsys.readouterr()
     assert generated.out.startswith("the cat")

@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
+from sparse_lm.command_line import define_config
 from sparse_lm.config import (
     Config,
     Data,
@@ -67,15 +69,9 @@ def test_infinite_capacity_survives_json():
     assert resolve(from_dict(json.loads(json.dumps(to_dict(config))))) == config
 
 
-def test_expert_layers_are_the_last_of_each_period():
-    model = resolve(Config(model=Model(layers=7, dense_first=1, expert_every=3, experts=2, expert_width=9))).model
-    assert [model.is_expert_layer(i) for i in range(7)] == [False, False, False, True, False, False, True]
-    assert model.periods == 2
-    assert [model.layer_width(i) for i in (0, 2, 3)] == [512, 512, 9]
-
-
 def test_the_twin_has_a_dense_layer_as_wide_as_the_experts_of_a_token():
-    config = Config(name="x", model=Model(experts=8, top_k=2, expert_width=48, ffn_width=200))
+    made = Model(experts=8, top_k=2, expert_width=48, ffn_width=200, router=choice("topk"))
+    config = Config(name="x", model=made)
     dense = twin(config)
     changed = {k for k, v in to_dict(dense)["model"].items() if v != to_dict(resolve(config))["model"][k]}
     assert changed == {"experts", "top_k", "expert_width"}
@@ -94,6 +90,7 @@ def test_identity_leaves_out_what_may_change_on_the_way():
         name="other",
         mesh=Mesh(data=2),
         training=dataclasses.replace(config.training, steps=7, accumulation=2, watchdog=1.0),
+        data=dataclasses.replace(config.data, tokenizer="/moved/tokenizer.json"),
         cache="/elsewhere",
     )
     assert identity(resolve(free)) == identity(config)
@@ -152,5 +149,16 @@ def test_a_mistake_is_answered_with_one_line(path, value, words):
 
 
 def test_a_config_is_read_without_jax():
-    code = "import sparse_lm.config, sparse_lm.cost.twin, sys; assert 'jax' not in sys.modules"
+    code = "import sparse_lm.config, sys; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("part", ["attention", "feed_forward"])
+def test_kinds_of_layers_are_set_on_the_command_line(tmp_path, part):
+    file = tmp_path / "config.py"
+    file.write_text("from sparse_lm.config import Config as get_config")
+    values = flags.FlagValues()
+    argv = ["x", f"--config={file}", f"--config.model.{part}.name=other", f"--config.model.{part}.options.rate=0.5"]
+    define_config(values, argv)
+    values(argv)
+    assert to_dict(getattr(values.config.model, part)) == {"name": "other", "options": {"rate": 0.5}}

@@ -1,12 +1,15 @@
 """The configs in `configs/` have the sizes that their papers print."""
 
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
 
 from sparse_lm import cost
+from sparse_lm.command_line import load_config
 from sparse_lm.config import Mesh, resolve, to_dict
+from sparse_lm.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "configs"
 GB = 1e9
@@ -39,6 +42,21 @@ def test_every_config_resolves():
     assert names >= {"quickstart", *CHIPS}
     for name in names:
         assert load(name).name == name
+
+
+@pytest.mark.parametrize("name", ["switch_large", "switch_xxl", "switch_c"])
+def test_switch_base_is_found_from_any_folder(name, tmp_path, monkeypatch):
+    found = []
+    for folder, path in ((FOLDER, ""), (FOLDER.parent, "configs/"), (tmp_path, f"{FOLDER}/")):
+        monkeypatch.chdir(folder)
+        found.append(load_config(f"{path}{name}.py"))
+    assert found[0] == found[1] == found[2]
+    base = load_config(str(FOLDER / "switch_base.py"))
+    for part in ("data", "optimizer", "evaluation", "checkpoints"):
+        assert getattr(found[0], part) == getattr(base, part)
+    shutil.copy(FOLDER / f"{name}.py", tmp_path)
+    with pytest.raises(UserError, match="switch_base.py does not exist"):
+        load_config(f"{name}.py")
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import time
 import jax
 import pytest
 
-from sparse_lm import run
-from sparse_lm.training.run_folder import read_rows
+from sparse_lm import runs
+from sparse_lm.runs.folder import read_rows
 from tests import commands, tiny
 
 
 def parameters(workdir) -> dict:
-    return jax.device_get(run.load(str(workdir)).parameters)
+    return jax.device_get(runs.load(str(workdir)).parameters)
 
 
 @pytest.mark.slow

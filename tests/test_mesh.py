@@ -14,8 +14,10 @@ from jax.sharding import PartitionSpec
 
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
-from sparse_lm.mesh import check, constrain, make_mesh, spec
+from sparse_lm.mesh import constrain, make_mesh, spec
+from sparse_lm.models import functional
 from sparse_lm.routing import ROUTERS
+from sparse_lm.step.fit import check_fit
 from tests import tiny
 from tests.eight_devices import MESHES, OVERFLOWING, SOME_MESHES
 
@@ -158,13 +160,17 @@ def test_a_size_that_the_mesh_does_not_divide_is_refused_with_the_nearest(fields
     config = tiny.config(**base | fields)
     mesh = make_mesh(configs.Mesh(**sizes), jax.devices()[:1] * 8)
     with pytest.raises(UserError, match=words) as error:
-        check(config, mesh)
+        check_fit(config, mesh, functional(config.model))
     assert "\n" not in str(error.value)
 
 
 def test_a_config_that_fits_is_accepted():
     config = tiny.config(training__batch=16, model__experts=8)
-    check(config, make_mesh(configs.Mesh(fsdp=2, expert=2, tensor=2, data=1), jax.devices()[:1] * 8))
+    check_fit(
+        config,
+        make_mesh(configs.Mesh(fsdp=2, expert=2, tensor=2, data=1), jax.devices()[:1] * 8),
+        functional(config.model),
+    )
 
 
 def test_axes_of_arrays_become_axes_of_the_mesh():

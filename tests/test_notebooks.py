@@ -6,7 +6,7 @@ import pathlib
 import matplotlib
 import pytest
 
-from sparse_lm import run
+from sparse_lm import runs
 from sparse_lm.command_line import load_config
 from sparse_lm.scaling.compare import compare
 from tests import commands
@@ -18,7 +18,7 @@ NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipy
 def test_every_cell_runs(notebook, tmp_path, monkeypatch):
     matplotlib.use("agg")
     config = load_config(str(commands.write_config(tmp_path)))
-    compare(config, run.train, str(tmp_path / "runs/compare-quickstart"))
+    compare(config, runs.train, str(tmp_path / "runs/compare-quickstart"))
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
     names = {}

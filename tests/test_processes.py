@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sparse_lm.training.run_folder import read_rows
+from sparse_lm.runs.folder import read_rows
 from tests import commands
 
 MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.expert=2"]

@@ -7,8 +7,8 @@ from sparse_lm.experts import EXECUTORS
 from sparse_lm.models import functional
 from sparse_lm.registry import create, lookup
 from sparse_lm.routing import ROUTERS
-from sparse_lm.training.optimizer import OPTIMIZERS
-from sparse_lm.training.schedules import SCHEDULES
+from sparse_lm.step.optimizer import OPTIMIZERS
+from sparse_lm.step.schedules import SCHEDULES
 from tests import tiny
 
 

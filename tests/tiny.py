@@ -7,7 +7,7 @@ import numpy as np
 
 from sparse_lm import config as configs
 from sparse_lm.mesh import make_mesh
-from sparse_lm.training.build import Build, build
+from sparse_lm.step.build import Build, build
 
 DEFAULTS = {
     "model.vocabulary": 64,

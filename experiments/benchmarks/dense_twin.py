@@ -21,13 +21,14 @@ from sparse_lm.command_line import define_config
 from sparse_lm.config import Config, choice, resolve
 from sparse_lm.cost.flops import flops
 from sparse_lm.cost.info import table
-from sparse_lm.cost.routers import executor
 from sparse_lm.cost.twin import twin
+from sparse_lm.experts.auto import executor_name
 from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.mesh import make_mesh
+from sparse_lm.models.expert_layer import router_of
 from sparse_lm.profile.measure import random_batch
-from sparse_lm.training.build import build
-from sparse_lm.training.loss import loss
+from sparse_lm.step.build import build
+from sparse_lm.step.loss import loss
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def measure(sparse: Config, executors: list[str], rounds: int) -> list[tuple[str
     gradients = alternate({name: run for name, (_, run) in programs.items()} | {"machine": machine()}, rounds)
     needed = sparse.training.batch * sparse.data.length * flops(sparse.model, sparse.data.length).training
     fastest = min(set(executors) - {"auto"} or executors, key=lambda name: np.median(steps[name]))
-    chosen = executor(sparse.model, jax.default_backend())
+    chosen = executor_name(sparse.model, router_of(sparse.model).form, jax.default_backend())
     return [
         (
             str(sparse.model.experts),

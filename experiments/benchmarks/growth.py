@@ -24,7 +24,8 @@ from sparse_lm.config import Config, resolve
 from sparse_lm.cost.flops import flops
 from sparse_lm.cost.info import table
 from sparse_lm.host_memory import keep_freed_memory
-from sparse_lm.models.layer import Context, ExpertLayer
+from sparse_lm.models import Context
+from sparse_lm.models.expert_layer import ExpertLayer
 
 
 def main() -> None:
@@ -63,10 +64,10 @@ def _with(config: Config, experts: int, batch: int) -> Config:
 def layer(config: Config):
     """The gradients of an expert layer of the config, by its parameters and its input, compiled."""
     model, rows = config.model, (config.training.batch, config.data.length)
-    graph, state = nnx.split(ExpertLayer(model, nnx.Rngs(params=0)))
+    graph, state = nnx.split(ExpertLayer(model, model.expert_width, nnx.Rngs(params=0)))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(*rows, model.width)), jnp.float32)
     zeros = jnp.zeros(rows, jnp.int32)
-    context = Context(zeros, jnp.ones(rows, bool), zeros, None, model.capacity_factor)
+    context = Context(zeros, jnp.ones(rows, jnp.int32), zeros, model.capacity_factor)
 
     @jax.jit
     def gradients(state, x):

@@ -229,7 +229,7 @@ def jax_programs(setup: dict) -> dict:
 
     from sparse_lm.host_memory import keep_freed_memory
     from sparse_lm.mesh import make_mesh
-    from sparse_lm.training.build import build
+    from sparse_lm.step.build import build
 
     keep_freed_memory()
     config = jax_config(setup)

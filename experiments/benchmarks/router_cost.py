@@ -24,6 +24,7 @@ from sparse_lm.cost.info import table
 from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.registry import create
 from sparse_lm.routing import ROUTERS, ExpertChoice, SoftSlots
+from sparse_lm.stack import decoder_stack
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def alone(config: Config):
     @jax.jit
     def route(parameters, x):
         one = lambda x, _: (x + 1e-6 * jax.grad(total, argnums=1, has_aux=True)(parameters, x)[0], None)
-        return jax.lax.scan(one, x, length=model.periods)[0]
+        return jax.lax.scan(one, x, length=len(decoder_stack(model).routed))[0]
 
     return lambda: route(parameters, x)
 

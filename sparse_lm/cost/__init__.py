@@ -1,7 +1,7 @@
-"""What a config costs: parameters, FLOPs, bytes. Arithmetic on configs alone, without jax."""
+"""What a config costs: parameters, FLOPs, bytes. Of shapes alone; nothing is allocated."""
 
-from sparse_lm.cost.elementwise import optimizer_flops as optimizer_flops
 from sparse_lm.cost.flops import flops as flops
+from sparse_lm.cost.flops import optimizer_flops as optimizer_flops
 from sparse_lm.cost.flops import step_flops as step_flops
 from sparse_lm.cost.info import info_table as info_table
 from sparse_lm.cost.memory import memory as memory

@@ -6,7 +6,9 @@ from sparse_lm.config import Config, Mesh, Model
 from sparse_lm.cost.flops import Flops, flops
 from sparse_lm.cost.memory import memory
 from sparse_lm.cost.parameters import Parameters, parameters
-from sparse_lm.cost.routers import executor, skips_layers
+from sparse_lm.experts.auto import executor_name
+from sparse_lm.models.expert_layer import router_of
+from sparse_lm.stack import decoder_stack
 
 PLATFORM = "cpu"  # where executed FLOPs are counted for
 
@@ -56,8 +58,9 @@ def _flops(cost: Flops, model: Model, length: int) -> str:
         rows.insert(2, ("  of it the routers", human(cost.router / 3, "FLOP"), human(cost.router, "FLOP")))
     what = ["work per element", f"all {length} keys for each query"]
     if model.experts:
-        name = executor(model, PLATFORM)
-        if not skips_layers(model):
+        router = router_of(model)
+        name = executor_name(model, router.form, PLATFORM)
+        if not router.skips_layers:
             what += [f"executor {name}" + " (auto, on a CPU)" * (model.executor == "auto")]
         if name != "grouped":
             factor, size = model.capacity_factor, model.group_size
@@ -80,9 +83,9 @@ def _memory(config: Config, mesh: Mesh) -> str:
 def _layers(model: Model, counted: Parameters, cost: Flops) -> str:
     rows = [("layers", "attention", "feed-forward", "active", "model FLOPs", "executed FLOPs")]
     rows.append(("embedding", "", "", human(counted.embedding), "0", "0"))
-    alike: dict[tuple, list[int]] = {}
-    for layer in range(model.layers):
-        alike.setdefault((model.is_expert_layer(layer), model.layer_width(layer)), []).append(layer)
+    alike: dict[str, list[int]] = {}
+    for layer, spec in enumerate(decoder_stack(model).layers):
+        alike.setdefault(repr(spec), []).append(layer)
     for layers in alike.values():
         one, parts = parameters(model, layers[0]), [part for part in cost.parts if part.layer == layers[0]]
         dense = human(one.feed_forward)

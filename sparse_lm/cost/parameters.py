@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 from sparse_lm.config import Model
 from sparse_lm.cost.arrays import arrays
-from sparse_lm.cost.routers import experts_per_token
+from sparse_lm.models.expert_layer import experts_per_token
 
 
 @dataclass(frozen=True)

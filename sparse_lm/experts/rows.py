@@ -1,4 +1,4 @@
-"""Moving rows by index, with gradients that move them back by index too."""
+"""Takes rows by index, with a gradient that takes rows by index too."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,18 @@ from jaxtyping import Array, Float, Int
 def take_rows(
     x: Float[Array, "G N D"], index: Int[Array, "G M"], inverse: Int[Array, "G N R"]
 ) -> Float[Array, "G M D"]:
-    """x[g, index[g, m]], and 0 where the index is N or above.
+    """Takes x[g, index[g, m]] for each m.
 
-    inverse[g, n] lists the m that took row n, padded with M, so that the gradient is a gather too; the scatter that it
-    would otherwise be is many times slower on every platform.
+    The inverse makes the gradient a gather as well. The scatter that it would otherwise be is many times slower on
+    every platform.
+
+    Args:
+        x: N rows in each of G groups.
+        index: which row to take; N or above for a row of zeros.
+        inverse: for each row n all m with index[g, m] = n, padded with M to R entries.
+
+    Returns:
+        The M rows of each group.
     """
     return jnp.take_along_axis(x, index[..., None], axis=1, mode="fill", fill_value=0)
 
@@ -32,8 +40,17 @@ def _backward(inverse, gradient):
 take_rows.defvjp(_forward, _backward)
 
 
-def inverse(index: Int[Array, "G N"], places: int) -> Int[Array, "G places"]:
-    """For each place the n with index[g, n] equal to it, N where there is none. No place may be named twice."""
-    groups, rows = index.shape
-    holder = jnp.full((groups, places), rows, index.dtype)
-    return jax.vmap(lambda h, p: h.at[p].set(jnp.arange(rows, dtype=h.dtype), mode="drop"))(holder, index)
+def invert_index(index: Int[Array, "G N"], size: int) -> Int[Array, "G M"]:
+    """Finds for each m below M the n with index[g, n] = m.
+
+    Args:
+        index: no m may stand twice in a group; M or above stands for none.
+        size: M.
+
+    Returns:
+        n for each m; N where there is none.
+    """
+    groups, entries = index.shape
+    missing = jnp.full((groups, size), entries, index.dtype)
+    invert = lambda inverse, index: inverse.at[index].set(jnp.arange(entries, dtype=index.dtype), mode="drop")
+    return jax.vmap(invert)(missing, index)

@@ -1,6 +1,8 @@
-"""The feed-forward layer, dense or of experts: one computation, whatever multiplies."""
+"""The dense feed-forward layer, and the weights of one made of experts: out(act(in(x)))."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,83 +10,79 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sparse_lm import config as configs
-from sparse_lm.kernels.block_sparse import block_sparse_matmul
+from sparse_lm.experts import apply_expert
+from sparse_lm.experts.expert import GATED
 from sparse_lm.kernels.linear import linear
-from sparse_lm.layouts import Layout, layout
 from sparse_lm.mesh import constrain
+from sparse_lm.models.context import Context
+from sparse_lm.models.counting import Part, Setting, elementwise, product
 from sparse_lm.parameter import matrix, weight, weight_axes
 
-DENSE = configs.choice("dense")
-ACTIVATIONS = {"gelu": jax.nn.gelu, "geglu": jax.nn.gelu, "swiglu": jax.nn.silu}
+# (forward, backward) FLOPs per hidden unit, see `models.counting`.
+HIDDEN = {"gelu": (8, 32), "geglu": (9, 37), "swiglu": (5, 17)}
 
 
 class FeedForward(nnx.Module):
     """out(act(in(x))), or out(act(gate(x)) · in(x)) where gated (Shazeer 2020, arXiv 2002.05202), without biases.
 
-    With `experts`, each weight has a leading axis of E experts, and it is an executor that applies them. With a layout,
-    each weight is the blocks of a matrix that exist, [n, b, b] (Gray et al. 2017).
+    With `experts`, each weight has a leading axis of E experts, and it is an executor that applies them.
+
+    A kind of feed-forward layer is such a class and an entry in `models.table`: called with what `Layer` gives it, it
+    returns its output and, where it is routed, an `Aux`; and it counts its FLOPs. Options are the keyword-only
+    arguments of its `__init__`.
     """
 
-    def __init__(
+    router = None  # of a routed kind, its `routing.Router`
+
+    def __init__(self, model: configs.Model, hidden: int, rngs: nnx.Rngs, experts: int = 0):
+        def make(fan_in: int, *axes: str) -> nnx.Param:
+            return self.make_weight(model, {"width": model.width, "hidden": hidden}, axes, fan_in, experts, rngs)
+
+        self.into = make(model.width, "width", "hidden")
+        self.out = make(hidden, "hidden", "width")
+        self.gate = make(model.width, "width", "hidden") if model.activation in GATED else None
+        self.activation, self.hidden = model.activation, hidden
+
+    def make_weight(self, model, sizes, axes, fan_in, experts, rngs) -> nnx.Param:
+        """One weight from the first axis to the second."""
+        lead = (experts,) if experts else ()
+        shape = (*lead, *(sizes[axis] for axis in axes))
+        return matrix(rngs, shape, ("experts", *axes)[-len(shape) :], fan_in=fan_in, scale=model.init_scale)
+
+    def __call__(
         self,
-        model: configs.Model,
-        width: int,
-        rngs: nnx.Rngs,
-        *,
-        experts: int = 0,
-        dropout: float = 0.0,
-        blocks: configs.Choice = DENSE,
-    ):
-        self.up, self.down = (
-            None if blocks.name == "dense" else layout(blocks, *widths, "model.layout")
-            for widths in ((model.width, width), (width, model.width))
-        )
-
-        def make(fan_in: int, axes: tuple[str, str], of_blocks: Layout | None) -> nnx.Param:
-            sizes = {"width": model.width, "hidden": width}
-            shape = tuple(sizes[axis] for axis in axes)
-            if of_blocks is not None:
-                shape, axes = (of_blocks.count, of_blocks.block, of_blocks.block), ("blocks", "block_in", "block_out")
-                fan_in *= of_blocks.count * of_blocks.block**2 / (model.width * width)
-            elif experts:
-                shape, axes = (experts, *shape), ("experts", *axes)
-            return matrix(rngs, shape, axes, fan_in=fan_in, scale=model.init_scale)
-
-        make_up = lambda: make(model.width, ("width", "hidden"), self.up)
-        self.into = make_up()
-        self.out = make(width, ("hidden", "width"), self.down)
-        self.gate = make_up() if model.gated else None
-        self.activation = model.activation
-        self.dropout = dropout
-
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """The layer without experts."""
+        x: Float[Array, "B L D"],
+        context: Context | None = None,
+        state: Any = None,
+        key: jax.Array | None = None,
+        replay: Any = None,
+    ) -> tuple[Float[Array, "B L D"], None]:
+        """The layer without experts; only x matters to it."""
         weights, axes = self.weights(x.dtype)
+        with jax.named_scope("feed_forward"):
+            return apply_expert(x, lambda x, name: self.multiply(x, name, weights, axes), self.activation), None
 
-        def product(x, name):
-            blocks = self.down if name == "out" else self.up
-            if blocks is not None:
-                return block_sparse_matmul(x, weights[name], blocks)
-            return constrain(linear(x, weights[name]), "batch", None, axes[name][-1])
+    def multiply(self, x, name: str, weights: dict[str, Array], axes: dict[str, tuple]) -> Float[Array, "B L _"]:
+        return constrain(linear(x, weights[name]), "batch", None, axes[name][-1])
 
-        return self.layer(x, product)
+    @property
+    def _named(self) -> dict[str, nnx.Param]:
+        return {"into": self.into, "out": self.out} | ({} if self.gate is None else {"gate": self.gate})
 
     def weights(self, dtype: str | jnp.dtype) -> tuple[dict[str, jax.Array], dict[str, tuple[str | None, ...]]]:
         """The weights by name as a product takes them, whole along the model's width, and the names of their axes."""
-        named = {"into": self.into, "out": self.out} | ({} if self.gate is None else {"gate": self.gate})
+        named = self._named
         return {n: weight(p, dtype) for n, p in named.items()}, {n: weight_axes(p) for n, p in named.items()}
 
-    def layer(self, x: Float[Array, "*N D"], product: Callable, key: jax.Array | None = None) -> Float[Array, "*N D"]:
-        """The layer with product(x, name) for the product of x and the weights of a name; a key turns on dropout of the
-        hidden units."""
-        hidden = product(x, "into")
-        activate = ACTIVATIONS[self.activation]
-        hidden = activate(hidden) if self.gate is None else activate(product(x, "gate")) * hidden
-        return product(dropout(hidden, self.dropout, key), "out")
+    @property
+    def product_flops(self) -> int:
+        """Of a token that passes it, or one of its experts, or the blocks that exist."""
+        of_one = lambda p: math.prod(p.shape[1:] if p.get_metadata("axes")[0] == "experts" else p.shape)
+        return sum(2 * of_one(parameter) for parameter in self._named.values())
 
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share of x and scales the rest; without a key, x itself."""
-    if key is None or not rate:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    def flops(self, setting: Setting, name: str = "feed-forward") -> Iterator[Part]:
+        """Per token."""
+        products = len(self._named)
+        again = setting.products_again * (products - setting.last) / products
+        yield product(name, self.product_flops, again=again)
+        yield from elementwise([(self.hidden, HIDDEN[self.activation])], setting)

@@ -1,6 +1,5 @@
 """Runs a few steps of a config and finds where their time goes."""
 
-import dataclasses
 import statistics
 import tempfile
 import time
@@ -17,12 +16,11 @@ import numpy as np
 from sparse_lm import config as configs
 from sparse_lm.cost import flops, optimizer_flops
 from sparse_lm.cost.machine import Machine, machine
-from sparse_lm.cost.routers import settled
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import make_mesh
 from sparse_lm.profile import program, timeline
 from sparse_lm.profile.program import PARTS, REST, Place
-from sparse_lm.training.build import Build, build
+from sparse_lm.step.build import Build, build
 
 # The part that a name of `cost.flops` belongs to, where it is another.
 FLOPS_OF = {
@@ -90,8 +88,7 @@ def profile(config: configs.Config, steps: int = 5, trace: str = "") -> Profile:
     plain += run()  # on both sides, so that a machine that slows down on the way tells on both alike
     device, devices = built.mesh.devices.flat[0], built.mesh.size
     peaks = machine(device.device_kind) or measured(devices if device.platform == "cpu" else 1)
-    config = dataclasses.replace(config, model=settled(config.model, device.platform))
-    return _profile(config, program.read(compiled.as_text()), spent, plain, profiled, devices, peaks)
+    return _profile(config, device.platform, program.read(compiled.as_text()), spent, plain, profiled, devices, peaks)
 
 
 def _options() -> jax.profiler.ProfileOptions:
@@ -153,6 +150,7 @@ def _best(function: Callable, value: jax.Array, rounds: int) -> float:
 
 def _profile(
     config: configs.Config,
+    platform: str,
     compiled: program.Program,
     spent: list[dict[str, float]],
     plain: list[float],
@@ -168,7 +166,7 @@ def _profile(
     for device in spent:
         for name, nanoseconds in device.items():
             seconds[compiled.places.get(name, Place(REST, False))] += nanoseconds * scale
-    count = flops_by_part(config)
+    count = flops_by_part(config, platform)
     rows = tuple(
         Row(
             part,
@@ -183,11 +181,11 @@ def _profile(
     return Profile(rows, idle, step, statistics.median(profiled), len(profiled), devices, peaks, config.model.dtype)
 
 
-def flops_by_part(config: configs.Config) -> dict[str, float]:
+def flops_by_part(config: configs.Config, platform: str = "cpu") -> dict[str, float]:
     """Of a step on all devices, by part. The work per element is in no part: it is the bytes that bound it."""
     tokens = config.training.batch * config.data.length
     count: dict[str, float] = defaultdict(float)
-    for part in flops(config.model, config.data.length).parts:
+    for part in flops(config.model, config.data.length, platform).parts:
         count[FLOPS_OF.get(part.name, part.name)] += tokens * part.training
     count["optimizer"] = optimizer_flops(config)
     return count

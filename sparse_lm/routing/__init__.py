@@ -2,12 +2,12 @@
 
 from sparse_lm.routing.choice import Choice as Choice
 from sparse_lm.routing.choice import ExpertChoice as ExpertChoice
-from sparse_lm.routing.choice import Given as Given
+from sparse_lm.routing.choice import Replay as Replay
 from sparse_lm.routing.choice import Routing as Routing
 from sparse_lm.routing.choice import SoftSlots as SoftSlots
 from sparse_lm.routing.choice import TokenChoice as TokenChoice
-from sparse_lm.routing.choice import chosen as chosen
-from sparse_lm.routing.choice import taken as taken
+from sparse_lm.routing.choice import chosen_indices as chosen_indices
+from sparse_lm.routing.choice import indices_to_replay as indices_to_replay
 from sparse_lm.routing.leak import leak as leak
 from sparse_lm.routing.placement import Placement as Placement
 from sparse_lm.routing.placement import place as place

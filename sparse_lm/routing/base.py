@@ -9,7 +9,7 @@ from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
-from sparse_lm.routing.router import LearnedRouter, at, token_choice, top
+from sparse_lm.routing.router import LearnedRouter, choose_top, gather_chosen, token_choice
 
 FAR = 2**30  # no way leads there
 STEPS = 2**20  # whole numbers that the scores of a group are rounded to
@@ -42,12 +42,12 @@ class Base(LearnedRouter):
     def leak(model):
         return "the tokens of a group are assigned to experts together"
 
-    def route(self, x, ids, valid, state, key=None, given=None):
+    def route(self, x, ids, valid, state, key=None, replay=None):
         logits = self.logits(x)
-        if given is None and key is not None:
-            given = jax.vmap(assign)(jax.lax.stop_gradient(logits), valid)[..., None]
-        expert = top(logits, 1, given)
-        choice = token_choice(expert, at(jax.nn.sigmoid(logits), expert), valid)
+        if replay is None and key is not None:
+            replay = jax.vmap(assign)(jax.lax.stop_gradient(logits), valid)[..., None]
+        expert = choose_top(logits, 1, replay)
+        choice = token_choice(expert, gather_chosen(jax.nn.sigmoid(logits), expert), valid)
         return Routing(choice, {}, measure(logits, choice, valid, self.over))
 
 
@@ -97,8 +97,8 @@ def assign(scores: Float[Array, "S E"], valid: Bool[Array, "S"]) -> Int[Array, "
             cheapest = jnp.where(expert == origin, rise, FAR).argmin()
             moved = (jnp.arange(size) == cheapest) & (origin < experts) & (to < experts)
             expert = jnp.where(moved, to, expert)
-            given, taken = (nodes == origin) & (to == experts), (nodes == to) & (origin == experts)
-            return expert, (extra | given) & ~taken, renewed(costs, expert, to), origin
+            lent, returned = (nodes == origin) & (to == experts), (nodes == to) & (origin == experts)
+            return expert, (extra | lent) & ~returned, renewed(costs, expert, to), origin
 
         end = jnp.where(over < 0, distance, FAR).argmin()
         expert, extra, costs, first = jax.lax.while_loop(lambda s: before[s[3]] >= 0, move, (expert, extra, costs, end))

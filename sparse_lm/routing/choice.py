@@ -40,8 +40,8 @@ class SoftSlots(NamedTuple):
 Choice = TokenChoice | ExpertChoice | SoftSlots
 
 
-def chosen(choice: Choice) -> jax.Array | None:
-    """What of a choice is recorded and can be given to a router again: the indices; None where there are none."""
+def chosen_indices(choice: Choice) -> jax.Array | None:
+    """What of a choice is recorded and can be replayed: the indices; None where there are none."""
     match choice:
         case TokenChoice():
             return choice.expert
@@ -50,10 +50,10 @@ def chosen(choice: Choice) -> jax.Array | None:
     return None
 
 
-class Given(NamedTuple):
-    """Choices, as `chosen` records them, that are taken only while `on`."""
+class Replay(NamedTuple):
+    """Choices, as `chosen_indices` records them, to be replayed only while `on`."""
 
-    chosen: Int[Array, "G X Y"]
+    indices: Int[Array, "G X Y"]
     on: Bool[Array, ""]
 
 
@@ -71,8 +71,8 @@ class Routing(NamedTuple):
     statistics: dict[str, jax.Array]
 
 
-def taken(given: jax.Array | Given | None, own: Callable[[], Routing]) -> jax.Array | None:
-    """The indices that a router is to take: those given, or those that its own routing chooses while they are off."""
-    if not isinstance(given, Given):
-        return given
-    return jnp.where(given.on, given.chosen, chosen(own().choice))
+def indices_to_replay(replay: jax.Array | Replay | None, route: Callable[[], Routing]) -> jax.Array | None:
+    """The indices that a router is to take: those to replay, or while they are off those of its own `route`."""
+    if not isinstance(replay, Replay):
+        return replay
+    return jnp.where(replay.on, replay.indices, chosen_indices(route().choice))

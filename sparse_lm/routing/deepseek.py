@@ -14,8 +14,8 @@ from sparse_lm import config as configs
 from sparse_lm.errors import UserError, nearest
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
-from sparse_lm.routing.losses import balance
-from sparse_lm.routing.router import LearnedRouter, at, sum_to_1, token_choice, top
+from sparse_lm.routing.losses import load_balancing_loss
+from sparse_lm.routing.router import LearnedRouter, choose_top, gather_chosen, sum_to_1, token_choice
 
 LOG_SCORES = {
     "sigmoid": jax.nn.log_sigmoid,
@@ -73,19 +73,19 @@ class DeepSeek(LearnedRouter):
         load = statistics["load"]
         return {"bias": state["bias"] + self.bias_rate * jnp.sign(load.mean() - load)}
 
-    def route(self, x, ids, valid, state, key=None, given=None):
+    def route(self, x, ids, valid, state, key=None, replay=None):
         logits = self.logits(x)
         log_scores = self.log_scores(logits)
         scores = jnp.exp(log_scores)
-        expert = top(self._in_best_groups(scores + state["bias"]), self.top_k, given)
+        expert = choose_top(self._in_best_groups(scores + state["bias"]), self.top_k, replay)
         # The softmax of logarithms is each over the sum, also where all are too small to be divided.
-        weight = jax.nn.softmax(at(log_scores, expert)) if self.normalize else at(scores, expert)
+        weight = jax.nn.softmax(gather_chosen(log_scores, expert)) if self.normalize else gather_chosen(scores, expert)
         choice = token_choice(expert, self.scale * weight, valid)
         losses = {}
         if self.sequence_loss:
-            best = jnp.where(valid[..., None], top(scores, self.top_k, None), -1)
+            best = jnp.where(valid[..., None], choose_top(scores, self.top_k, None), -1)
             share = jax.nn.softmax(log_scores)
-            losses["sequence_loss"] = self.sequence_loss * balance(share, best, valid, "group")
+            losses["sequence_loss"] = self.sequence_loss * load_balancing_loss(share, best, valid, "group")
         return Routing(choice, losses, measure(logits, choice, valid, self.over))
 
     def _in_best_groups(self, biased: Float[Array, "G S E"]) -> Float[Array, "G S E"]:

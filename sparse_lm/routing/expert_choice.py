@@ -10,7 +10,7 @@ from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.routing.choice import ExpertChoice, Routing
 from sparse_lm.routing.health import measure
-from sparse_lm.routing.router import LearnedRouter, at, token_choice, top
+from sparse_lm.routing.router import LearnedRouter, choose_top, gather_chosen, token_choice
 
 
 class ExpertChoiceRouter(LearnedRouter):
@@ -41,20 +41,20 @@ class ExpertChoiceRouter(LearnedRouter):
     def leak(model):
         return "experts choose among all tokens of a group"
 
-    def route(self, x, ids, valid, state, key=None, given=None):
+    def route(self, x, ids, valid, state, key=None, replay=None):
         logits = self.logits(x)
         by_expert = jax.nn.softmax(logits).swapaxes(1, 2)
-        if given is None:
-            places = configs.capacity(valid.shape[1], self.experts, self.top_k, self.capacity_factor)
-            given = jax.lax.top_k(jnp.where(valid[:, None], by_expert, -1), places)[1]
-        token = jnp.maximum(given, 0)
-        there = (given >= 0) & jnp.take_along_axis(valid[:, None], token, axis=2)
+        if replay is None:
+            places = configs.compute_capacity(valid.shape[1], self.experts, self.top_k, self.capacity_factor)
+            replay = jax.lax.top_k(jnp.where(valid[:, None], by_expert, -1), places)[1]
+        token = jnp.maximum(replay, 0)
+        there = (replay >= 0) & jnp.take_along_axis(valid[:, None], token, axis=2)
         weight = jnp.take_along_axis(by_expert, token, axis=2)
-        choice = ExpertChoice(jnp.where(there, given, -1), jnp.where(there, weight, 0))
+        choice = ExpertChoice(jnp.where(there, replay, -1), jnp.where(there, weight, 0))
         return Routing(choice, {}, measure(logits, choice, valid, self.over))
 
     def route_alone(self, x, ids, valid, state):
         logits = self.logits(x)
-        expert = top(logits, self.top_k, None)
-        choice = token_choice(expert, at(jax.nn.softmax(logits), expert), valid)
+        expert = choose_top(logits, self.top_k, None)
+        choice = token_choice(expert, gather_chosen(jax.nn.softmax(logits), expert), valid)
         return Routing(choice, {}, measure(logits, choice, valid, self.over))

@@ -8,8 +8,8 @@ from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
-from sparse_lm.routing.losses import balance
-from sparse_lm.routing.router import LearnedRouter, at, token_choice, top
+from sparse_lm.routing.losses import load_balancing_loss
+from sparse_lm.routing.router import LearnedRouter, choose_top, gather_chosen, token_choice
 
 
 class GShard(LearnedRouter):
@@ -32,19 +32,19 @@ class GShard(LearnedRouter):
         super().__init__(model, rngs)
         self.balance_loss = balance_loss
 
-    def route(self, x, ids, valid, state, key=None, given=None):
+    def route(self, x, ids, valid, state, key=None, replay=None):
         logits = self.logits(x)
-        pair = top(logits, 2, None)
-        if given is not None:
+        pair = choose_top(logits, 2, None)
+        if replay is not None:
             # A second expert that was not taken had a share in the weights: it was the best of the others.
-            first, second = given[..., :1], given[..., 1:]
+            first, second = replay[..., :1], replay[..., 1:]
             best_other = jnp.where(pair[..., :1] == first, pair[..., 1:], pair[..., :1])
             pair = jnp.concatenate([first, jnp.where(second < 0, best_other, second)], axis=-1)
-        weight = jax.nn.softmax(at(logits, pair))
-        expert = given
-        if given is None:
+        weight = jax.nn.softmax(gather_chosen(logits, pair))
+        expert = replay
+        if replay is None:
             taken = True if key is None else 2 * weight[..., 1] > jax.random.uniform(key, valid.shape)
             expert = pair.at[..., 1].set(jnp.where(taken, pair[..., 1], -1))
         choice = token_choice(expert, weight, valid)
-        loss = self.balance_loss * balance(jax.nn.softmax(logits), choice.expert[..., :1], valid, self.over)
+        loss = self.balance_loss * load_balancing_loss(jax.nn.softmax(logits), choice.expert[..., :1], valid, self.over)
         return Routing(choice, {"balance_loss": loss}, measure(logits, choice, valid, self.over))

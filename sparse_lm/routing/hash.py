@@ -7,7 +7,7 @@ from flax import nnx
 from sparse_lm import config as configs
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
-from sparse_lm.routing.router import Router, at, check_several, kernel, scores, token_choice
+from sparse_lm.routing.router import Router, check_several, gather_chosen, kernel, scores, token_choice
 
 COUNTED = 8  # tokens per entry of the vocabulary that are counted before the balanced table is dealt
 
@@ -63,14 +63,14 @@ class Hash(Router):
         table = jax.lax.fori_loop(0, due.astype(jnp.int32), deal, state["table"])
         return {"table": table, "seen": seen}
 
-    def route(self, x, ids, valid, state, key=None, given=None):
-        expert = jnp.take(state["table"], ids, axis=0) if given is None else given
+    def route(self, x, ids, valid, state, key=None, replay=None):
+        expert = jnp.take(state["table"], ids, axis=0) if replay is None else replay
         if self.kernel is None:
             logits = jnp.zeros((*valid.shape, self.experts))
             weight = jnp.full(expert.shape, 1 / self.top_k)
         else:
             logits = scores(x, self.kernel)
-            score = jnp.sqrt(jax.nn.softplus(at(logits, expert)) + 1e-12)  # the root's slope at 0 is infinite
+            score = jnp.sqrt(jax.nn.softplus(gather_chosen(logits, expert)) + 1e-12)  # slope of the root
             weight = score / score.sum(axis=-1, keepdims=True)
         choice = token_choice(expert, weight, valid)
         statistics = measure(logits, choice, valid, self.over)

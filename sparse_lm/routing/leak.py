@@ -2,7 +2,7 @@
 
 import math
 
-from sparse_lm.config import Model, capacity
+from sparse_lm.config import Model, compute_capacity
 from sparse_lm.registry import lookup
 from sparse_lm.routing.choice import TokenChoice
 from sparse_lm.routing.table import ROUTERS
@@ -21,7 +21,7 @@ def leak(model: Model, capacity_factor: float, training: bool = False) -> str:
         return said
     if training and not math.isinf(model.exchange_buffer) and model.executor in ("auto", "grouped"):
         return "over several devices, rows that one has no room for are dropped, whatever came first"
-    drops = capacity(model.group_size, model.experts, model.top_k, capacity_factor) < model.group_size
+    drops = compute_capacity(model.group_size, model.experts, model.top_k, capacity_factor) < model.group_size
     only_first = router.k_experts and model.top_k == 1 and not model.router.options.get("priority", False)
     if router.form is TokenChoice and drops and not only_first:
         return f"at a capacity factor of {capacity_factor:g}, tokens lose their places to later ones"

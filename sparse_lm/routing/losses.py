@@ -20,12 +20,12 @@ def by_region(x: Num[Array, "G *N"], over: str) -> Num[Array, "R *N"]:
     return x.reshape(regions, -1, *x.shape[1:]).sum(axis=1)
 
 
-def choices(expert: Int[Array, "G S K"], experts: int) -> Float[Array, "G E"]:
+def count_choices(expert: Int[Array, "G S K"], experts: int) -> Float[Array, "G E"]:
     """How many choices of a group's tokens name each expert."""
     return jax.nn.one_hot(expert, experts).sum(axis=(1, 2))
 
 
-def balance(
+def load_balancing_loss(
     probabilities: Float[Array, "G S E"], expert: Int[Array, "G S K"], valid: Bool[Array, "G S"], over: str
 ) -> Float[Array, ""]:
     """The load-balancing loss E Σ_e f_e P_e of each region, times the region's tokens, summed.
@@ -36,11 +36,11 @@ def balance(
     """
     experts, k = probabilities.shape[-1], expert.shape[-1]
     tokens = by_region(valid.sum(axis=1).astype(jnp.float32), over)
-    named = by_region(choices(expert, experts), over)
+    named = by_region(count_choices(expert, experts), over)
     probability = by_region(jnp.where(valid[..., None], probabilities, 0).sum(axis=1), over)
     return (experts * (named * probability).sum(axis=-1) / (k * jnp.maximum(tokens, 1))).sum()
 
 
-def router_z(logits: Float[Array, "G S E"], valid: Bool[Array, "G S"]) -> Float[Array, ""]:
+def router_z_loss(logits: Float[Array, "G S E"], valid: Bool[Array, "G S"]) -> Float[Array, ""]:
     """The squared logsumexp of the logits, summed (Zoph et al. 2022, arXiv 2202.08906, equation 5)."""
     return jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) ** 2, 0).sum()

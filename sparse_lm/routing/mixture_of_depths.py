@@ -53,18 +53,18 @@ class MixtureOfDepths(LearnedRouter):
     def leak(model):
         return "the layer chooses among all tokens of a row"
 
-    def route(self, x, ids, valid, state, key=None, given=None):
+    def route(self, x, ids, valid, state, key=None, replay=None):
         logits = self.logits(x)
         score = jnp.where(valid, logits[..., 0], -math.inf)
-        if given is None:
-            places = configs.capacity(x.shape[1], 1, 1, self.share)
+        if replay is None:
+            places = configs.compute_capacity(x.shape[1], 1, 1, self.share)
             token = jax.lax.top_k(score, places)[1]
             # In the order of the row; places that no valid token is left for come last.
             token = jnp.sort(jnp.where(jnp.take_along_axis(valid, token, axis=1), token, x.shape[1]), axis=1)
-            given = jnp.where(token < x.shape[1], token, -1)[:, None]
-        token = given[:, 0]
+            replay = jnp.where(token < x.shape[1], token, -1)[:, None]
+        token = replay[:, 0]
         weight = jnp.where(token >= 0, jnp.take_along_axis(logits[..., 0], jnp.maximum(token, 0), axis=1), 0)
-        choice = ExpertChoice(given, weight[:, None])
+        choice = ExpertChoice(replay, weight[:, None])
         mark = lambda row, index: row.at[jnp.where(index < 0, len(row), index)].set(1.0, mode="drop")
         among = jax.vmap(mark)(jnp.zeros(valid.shape), token)
         predicted = jnp.where(valid, optax.sigmoid_binary_cross_entropy(logits[..., 0], among), 0).sum()

@@ -11,7 +11,16 @@ from sparse_lm import config as configs
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.losses import by_region
-from sparse_lm.routing.router import LearnedRouter, at, check_several, kernel, largest, scores, token_choice, top
+from sparse_lm.routing.router import (
+    LearnedRouter,
+    check_several,
+    choose_top,
+    gather_chosen,
+    kernel,
+    largest_k,
+    scores,
+    token_choice,
+)
 
 
 class NoisyTopK(LearnedRouter):
@@ -41,12 +50,12 @@ class NoisyTopK(LearnedRouter):
         self.noise = kernel(small, rngs)
         self.importance_loss, self.load_loss = importance_loss, load_loss
 
-    def route(self, x, ids, valid, state, key=None, given=None):
+    def route(self, x, ids, valid, state, key=None, replay=None):
         clean = self.logits(x)
         spread = jax.nn.softplus(scores(x, self.noise)) + 0.01
         noisy = clean if key is None else clean + spread * jax.random.normal(key, clean.shape)
-        expert = top(noisy, self.top_k, given)
-        choice = token_choice(expert, jax.nn.softmax(at(noisy, expert)), valid)
+        expert = choose_top(noisy, self.top_k, replay)
+        choice = token_choice(expert, jax.nn.softmax(gather_chosen(noisy, expert)), valid)
         importance = jnp.einsum("gske,gsk->ge", jax.nn.one_hot(choice.expert, self.experts), choice.weight)
         named = jnp.where(valid[..., None], chance(clean, noisy, spread, self.top_k), 0)
         losses = {
@@ -62,7 +71,7 @@ def chance(
     """The probability that an expert is among the k chosen if its noise alone is drawn again (equations 8 and 9)."""
     if k == clean.shape[-1]:
         return jnp.ones_like(clean)
-    highest = largest(noisy, k + 1)[0]
+    highest = largest_k(noisy, k + 1)[0]
     kth, after = highest[..., -2:-1], highest[..., -1:]
     kth_excluding = jnp.where(noisy > after, after, kth)
     return jax.scipy.special.ndtr((clean - kth_excluding) / spread)

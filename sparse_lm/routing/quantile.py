@@ -13,7 +13,7 @@ from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
-from sparse_lm.routing.router import LearnedRouter, at, largest, sum_to_1, token_choice
+from sparse_lm.routing.router import LearnedRouter, gather_chosen, largest_k, sum_to_1, token_choice
 
 
 class Quantile(LearnedRouter):
@@ -60,14 +60,14 @@ class Quantile(LearnedRouter):
         bias = low + width * (bin + share)[:, 0]
         return {"bias": jnp.where(tokens[:, 0] > 0, bias - bias.mean(), state["bias"])}
 
-    def route(self, x, ids, valid, state, key=None, given=None):
+    def route(self, x, ids, valid, state, key=None, replay=None):
         logits = self.logits(x)
         log_scores = jax.nn.log_sigmoid(logits)
         scores = jax.lax.stop_gradient(jnp.exp(log_scores))
         # With k = E there is no cutoff, every expert is chosen anyway.
-        cutoffs, index = largest(scores + state["bias"], min(self.top_k + 1, self.experts))
-        expert = index[..., : self.top_k] if given is None else given
-        chosen = at(log_scores, expert)
+        cutoffs, index = largest_k(scores + state["bias"], min(self.top_k + 1, self.experts))
+        expert = index[..., : self.top_k] if replay is None else replay
+        chosen = gather_chosen(log_scores, expert)
         weight = jax.nn.softmax(chosen) if self.normalize else jnp.exp(chosen)
         choice = token_choice(expert, self.scale * weight, valid)
         low, width = self._grid(state["bias"])

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, UInt32
 
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
-from sparse_lm.routing.router import Router, token_choice, top
+from sparse_lm.routing.router import Router, choose_top, token_choice
 
 
 class Random(Router):
@@ -18,14 +18,14 @@ class Random(Router):
     caches agree. Where no context is seen, at the first token of a document, only the token's id is left to differ.
     """
 
-    def route(self, x, ids, valid, state, key=None, given=None):
+    def route(self, x, ids, valid, state, key=None, replay=None):
         shape = (*valid.shape, self.experts)
         if key is None:
             draw = lambda code: jax.random.uniform(jax.random.fold_in(jax.random.key(0), code), (self.experts,))
             drawn = jax.vmap(jax.vmap(draw))(code(x))
         else:
             drawn = jax.random.uniform(key, shape)
-        expert = top(drawn, self.top_k, given)
+        expert = choose_top(drawn, self.top_k, replay)
         choice = token_choice(expert, jnp.full(expert.shape, 1 / self.top_k), valid)
         return Routing(choice, {}, measure(jnp.zeros(shape), choice, valid, self.over))
 

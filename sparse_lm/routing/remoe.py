@@ -11,7 +11,7 @@ from sparse_lm.errors import UserError
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.losses import by_region
-from sparse_lm.routing.router import LearnedRouter, at, token_choice, top
+from sparse_lm.routing.router import LearnedRouter, choose_top, gather_chosen, token_choice
 
 
 class ReMoE(LearnedRouter):
@@ -63,13 +63,13 @@ class ReMoE(LearnedRouter):
         after = state["coefficient"] * self.multiplier**excess
         return {"coefficient": jnp.clip(after, self.coefficient, 1 / self.coefficient)}
 
-    def route(self, x, ids, valid, state, key=None, given=None):
+    def route(self, x, ids, valid, state, key=None, replay=None):
         logits = self.logits(x)
         gates = jnp.where(valid[..., None], jax.nn.relu(logits), 0)
         active = gates > 0
-        expert = top(gates, self.most, given)
-        weight = at(gates, expert)
-        if given is None:
+        expert = choose_top(gates, self.most, replay)
+        weight = gather_chosen(gates, expert)
+        if replay is None:
             expert = jnp.where(weight > 0, expert, -1)
         choice = token_choice(expert, weight, valid)
         of_token = active.sum(axis=-1)

@@ -53,14 +53,14 @@ class Router(nnx.Module):
         valid: Bool[Array, "G S"],
         state: dict[str, jax.Array],
         key: jax.Array | None = None,
-        given: jax.Array | None = None,
+        replay: jax.Array | None = None,
     ) -> Routing:
         """Routes G groups of S tokens.
 
         x: the tokens' features. ids: their token ids, for routers that look at the text. valid: False for padding,
         which gets no expert and enters no loss and no statistic. key: randomness while training, None in evaluation.
-        given: what `choice.chosen` recorded before, to take instead of the router's own; weights come from x all the
-        same.
+        replay: what `choice.chosen_indices` recorded before, to take instead of the router's own; weights come from
+        x all the same.
         """
         raise NotImplementedError(type(self).__name__)
 
@@ -116,17 +116,17 @@ def check_several(model: configs.Model) -> None:
         )
 
 
-def top(scores: Float[Array, "G S E"], k: int, given: Int[Array, "G S K"] | None) -> Int[Array, "G S K"]:
+def choose_top(scores: Float[Array, "G S E"], k: int, replay: Int[Array, "G S K"] | None) -> Int[Array, "G S K"]:
     """The k experts of the largest scores, the largest first and of equal ones the first; or the experts given."""
-    return largest(scores, k)[1] if given is None else given
+    return largest_k(scores, k)[1] if replay is None else replay
 
 
-def largest(scores: Float[Array, "*N E"], k: int) -> tuple[Float[Array, "*N K"], Int[Array, "*N K"]]:
+def largest_k(scores: Float[Array, "*N E"], k: int) -> tuple[Float[Array, "*N K"], Int[Array, "*N K"]]:
     """The k largest scores, and where they are. With slices of them fused in, XLA would sort all E on a CPU."""
     return jax.lax.optimization_barrier(tuple(jax.lax.top_k(scores, k)))
 
 
-def at(values: Float[Array, "G S E"], expert: Int[Array, "G S K"]) -> Float[Array, "G S K"]:
+def gather_chosen(values: Float[Array, "G S E"], expert: Int[Array, "G S K"]) -> Float[Array, "G S K"]:
     """The values of the chosen experts."""
     return jnp.take_along_axis(values, jnp.maximum(expert, 0), axis=-1)
 

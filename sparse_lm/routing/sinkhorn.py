@@ -9,7 +9,7 @@ from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
-from sparse_lm.routing.router import LearnedRouter, at, token_choice, top
+from sparse_lm.routing.router import LearnedRouter, choose_top, gather_chosen, token_choice
 
 LARGEST = 1e30  # of the scores in the iterations, where sums of them have to stay finite
 
@@ -43,11 +43,11 @@ class Sinkhorn(LearnedRouter):
     def leak(model):
         return "the tokens of a group are assigned to experts together"
 
-    def route(self, x, ids, valid, state, key=None, given=None):
+    def route(self, x, ids, valid, state, key=None, replay=None):
         logits = self.logits(x)
         rows = logits if key is None else balanced(jax.lax.stop_gradient(logits), valid, self.iterations)
-        expert = top(rows, self.top_k, given)
-        choice = token_choice(expert, at(jax.nn.sigmoid(logits), expert), valid)
+        expert = choose_top(rows, self.top_k, replay)
+        choice = token_choice(expert, gather_chosen(jax.nn.sigmoid(logits), expert), valid)
         return Routing(choice, {}, measure(logits, choice, valid, self.over))
 
 

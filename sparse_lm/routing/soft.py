@@ -42,7 +42,7 @@ class Soft(Router):
         if math.isinf(model.capacity_factor):
             raise UserError("model.capacity_factor is inf; the router 'soft' makes slots by it: it must be finite")
         super().__init__(model, rngs)
-        slots = configs.capacity(model.group_size, model.experts, model.top_k, model.capacity_factor)
+        slots = configs.compute_capacity(model.group_size, model.experts, model.top_k, model.capacity_factor)
         axes = ("width", "router_experts", "slots")
         shape = (model.width, model.experts, slots)
         self.phi = matrix(rngs, shape, axes, fan_in=model.width, scale=model.init_scale)
@@ -59,7 +59,7 @@ class Soft(Router):
             x, phi = _unit(x, axis=-1), self.scale[...] * _unit(phi, axis=0)
         return jnp.einsum("gsd,dec->gsec", x, phi, precision=jax.lax.Precision.HIGHEST)
 
-    def route(self, x, ids, valid, state, key=None, given=None):
+    def route(self, x, ids, valid, state, key=None, replay=None):
         logits, real = self.logits(x, valid), valid[..., None, None]
         # The least finite number, not -inf, so that a group of padding alone has a softmax.
         dispatch = jax.nn.softmax(jnp.where(real, logits, jnp.finfo(logits.dtype).min), axis=1)

@@ -7,8 +7,8 @@ from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
-from sparse_lm.routing.losses import balance, router_z
-from sparse_lm.routing.router import LearnedRouter, at, jittered, token_choice, top
+from sparse_lm.routing.losses import load_balancing_loss, router_z_loss
+from sparse_lm.routing.router import LearnedRouter, choose_top, gather_chosen, jittered, token_choice
 
 
 class Switch(LearnedRouter):
@@ -38,13 +38,13 @@ class Switch(LearnedRouter):
         super().__init__(model, rngs)
         self.jitter, self.balance_loss, self.z_loss = jitter, balance_loss, z_loss
 
-    def route(self, x, ids, valid, state, key=None, given=None):
+    def route(self, x, ids, valid, state, key=None, replay=None):
         logits = self.logits(jittered(x, self.jitter, key))
         probabilities = jax.nn.softmax(logits)
-        expert = top(logits, 1, given)
-        choice = token_choice(expert, at(probabilities, expert), valid)
+        expert = choose_top(logits, 1, replay)
+        choice = token_choice(expert, gather_chosen(probabilities, expert), valid)
         losses = {
-            "balance_loss": self.balance_loss * balance(probabilities, choice.expert, valid, self.over),
-            "z_loss": self.z_loss * router_z(logits, valid),
+            "balance_loss": self.balance_loss * load_balancing_loss(probabilities, choice.expert, valid, self.over),
+            "z_loss": self.z_loss * router_z_loss(logits, valid),
         }
         return Routing(choice, losses, measure(logits, choice, valid, self.over))

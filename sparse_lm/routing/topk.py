@@ -12,8 +12,8 @@ from flax import nnx
 from sparse_lm import config as configs
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
-from sparse_lm.routing.losses import balance, router_z
-from sparse_lm.routing.router import LearnedRouter, at, jittered, sum_to_1, token_choice, top
+from sparse_lm.routing.losses import load_balancing_loss, router_z_loss
+from sparse_lm.routing.router import LearnedRouter, choose_top, gather_chosen, jittered, sum_to_1, token_choice
 
 
 class TopK(LearnedRouter):
@@ -42,15 +42,17 @@ class TopK(LearnedRouter):
         self.normalize, self.priority, self.jitter = sum_to_1(model, normalize), priority, jitter
         self.balance_loss, self.z_loss = balance_loss, z_loss
 
-    def route(self, x, ids, valid, state, key=None, given=None):
+    def route(self, x, ids, valid, state, key=None, replay=None):
         logits = self.logits(jittered(x, self.jitter, key))
         probabilities = jax.nn.softmax(logits)
-        expert = top(logits, self.top_k, given)
-        weight = jax.nn.softmax(at(logits, expert)) if self.normalize else at(probabilities, expert)
+        expert = choose_top(logits, self.top_k, replay)
+        weight = (
+            jax.nn.softmax(gather_chosen(logits, expert)) if self.normalize else gather_chosen(probabilities, expert)
+        )
         priority = jax.lax.stop_gradient(probabilities.max(axis=-1)) if self.priority else None
         choice = token_choice(expert, weight, valid, priority)
         losses = {
-            "balance_loss": self.balance_loss * balance(probabilities, choice.expert, valid, self.over),
-            "z_loss": self.z_loss * router_z(logits, valid),
+            "balance_loss": self.balance_loss * load_balancing_loss(probabilities, choice.expert, valid, self.over),
+            "z_loss": self.z_loss * router_z_loss(logits, valid),
         }
         return Routing(choice, losses, measure(logits, choice, valid, self.over))

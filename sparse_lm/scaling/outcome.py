@@ -11,9 +11,9 @@ from sparse_lm.config import Config, identity, to_dict
 from sparse_lm.cost.flops import flops, step_flops
 from sparse_lm.errors import UserError
 from sparse_lm.routing import leak
+from sparse_lm.runs.folder import read_config, read_rows, read_summary
 from sparse_lm.scaling.curves import speedup
 from sparse_lm.scaling.statistics import NOT_RANKED, interval, mean, verdict
-from sparse_lm.training.run_folder import read_config, read_rows, read_summary
 
 SPLIT = "validation"  # where speedups are read
 

@@ -7,10 +7,10 @@ from typing import Any
 from etils import epath
 
 from sparse_lm.cost.info import human, table
+from sparse_lm.runs.folder import write_whole
 from sparse_lm.scaling.outcome import Run
 from sparse_lm.scaling.picture import picture
 from sparse_lm.scaling.statistics import BETTER, DIVERGED, NOT_JUDGED, NOT_RANKED, SAME, WORSE
-from sparse_lm.training.run_folder import write_whole
 
 Comparison = dict[str, Any]
 

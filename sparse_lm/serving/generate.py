@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
@@ -72,13 +72,13 @@ class Generator:
 
         # The first pass takes all but the last token of each prompt; the step that takes that one gives the first new.
         length = max(SHORTEST, _power_of_two(max(map(len, rows)) - 1))
-        padding = np.array([length - len(row) + 1 for row in rows], np.int32)
-        ids = np.array([[self.end_of_text] * pad + row[:-1] for pad, row in zip(padding, rows)], np.int32)
-        caches = self._run(self._prefill, ids, padding)
+        lengths = np.array([len(row) - 1 for row in rows], np.int32)
+        ids = np.array([row[:-1] + [self.end_of_text] * (length - len(row) + 1) for row in rows], np.int32)
+        caches = self._run(self._prefill, ids, lengths)
         ids = np.array([row[-1] for row in rows], np.int32)
         live = [True] * len(prompts)
-        for at in range(length, length + self.max_tokens):
-            new, caches = self._run(self._step, caches, ids, np.int32(at), padding, keys)
+        for step in range(self.max_tokens):
+            new, caches = self._run(self._step, caches, ids, lengths + np.int32(step), keys)
             ids = np.asarray(new)
             live = [alive and token != self.end_of_text for alive, token in zip(live, ids)]
             if not any(live):
@@ -101,14 +101,15 @@ class Generator:
         with jax.set_mesh(self._mesh):
             return compiled(self._parameters, self._router_state, *args)
 
-    def _prefill_caches(self, parameters, router_state, ids: Int[Array, "B L"], padding: Int[Array, "B"]) -> Any:
+    def _prefill_caches(self, parameters, router_state, ids: Int[Array, "B L"], lengths: Int[Array, "B"]) -> Any:
         caches = self._functional.init_caches(ids.shape[0], ids.shape[1] + self.max_tokens)
-        start = jnp.zeros((), jnp.int32)
-        return cached_logits(self._functional, parameters, router_state, caches, ids, start, padding)[1]
+        start = jnp.zeros_like(lengths)
+        return cached_logits(self._functional, parameters, router_state, caches, ids, start, lengths)[1]
 
-    def _next(self, parameters, router_state, caches, ids: Int[Array, "B"], at, padding, keys: UInt32[Array, "B"]):
-        logits, caches = cached_logits(self._functional, parameters, router_state, caches, ids[:, None], at, padding)
-        keys = jax.vmap(lambda key, position: jax.random.fold_in(jax.random.key(key), position))(keys, at - padding)
+    def _next(self, parameters, router_state, caches, ids: Int[Array, "B"], start: Int[Array, "B"], keys):
+        one = jnp.ones_like(start)
+        logits, caches = cached_logits(self._functional, parameters, router_state, caches, ids[:, None], start, one)
+        keys = jax.vmap(lambda key, position: jax.random.fold_in(jax.random.key(key), position))(keys, start)
         return constrain(sample(logits[:, 0, : self._vocabulary], keys, self._sampling), None), caches
 
 
@@ -118,22 +119,21 @@ def cached_logits(
     router_state: Any,
     caches: Any,
     ids: Int[Array, "B L"],
-    start: Int[Array, ""],
-    padding: Int[Array, "B"],
+    start: Int[Array, "B"],
+    lengths: Int[Array, "B"],
 ) -> tuple[Float[Array, "B L V"], Any]:
-    """Logits of the next token after each id, dropless, and the caches with the ids added at start to start + L - 1.
+    """Logits of the next token after each id, dropless, and the caches with the ids added.
 
-    Earlier ids are attended to through the caches. The first `padding` places of a row, in the caches as in the ids
-    that filled them, are empty: nothing attends to them, they get no expert, and positions count from the next on.
+    Args:
+        caches: hold the `start` tokens before in their first places, each row its own number; they are attended to.
+        ids: of each row the first `lengths` are its next tokens, and the rest is padding, which gets no expert and is
+            attended to by nobody.
     """
-    at = start + jnp.arange(ids.shape[1])
-    place = jnp.arange(jax.tree.leaves(caches)[0].shape[-3])
-    mask = (place <= at[:, None]) & (place >= padding[:, None, None])
-    positions = at - padding[:, None]
-    context = Context(ids, positions >= 0, jnp.maximum(positions, 0), mask, math.inf, start, alone=True)
+    index = jnp.arange(ids.shape[1])
+    segments = (index < lengths[:, None]).astype(jnp.int32)
+    context = Context(ids, segments, start[:, None] + index, math.inf, start, alone=True)
     logits, _, caches = functional.apply(parameters, ids, context, router_state, caches=caches)
-    lay_out = lambda cache: constrain(cache, *[None] * (cache.ndim - 4), "batch", None, "heads", None)
-    return logits, jax.tree.map(lay_out, caches)
+    return logits, caches
 
 
 def _key(seed: int, row: list[int]) -> int:

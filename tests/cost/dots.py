@@ -7,7 +7,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from sparse_lm.config import Config
 from sparse_lm.models import functional
-from sparse_lm.training.loss import loss
+from sparse_lm.step.loss import loss
 
 
 def gradient_program(config: Config) -> Jaxpr:

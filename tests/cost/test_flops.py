@@ -7,7 +7,7 @@ from sparse_lm import config as configs
 from sparse_lm import cost
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import make_mesh
-from sparse_lm.training.build import build
+from sparse_lm.step.build import build
 from tests.cost.dots import dot_flops, gradient_program
 
 SPARSE = {"experts": 4, "capacity_factor": 1.25}
@@ -86,7 +86,7 @@ def test_a_step_of_muon_has_its_newton_schulz_products():
 
 
 def test_the_twins_differ_by_the_router_alone():
-    config = make(experts=8, top_k=2, layers=4)
+    config = make(experts=8, top_k=2, layers=4, router=configs.choice("topk"))
     twin = cost.twin(config)
     sparse, dense = (cost.flops(c.model, c.data.length) for c in (config, twin))
     assert sparse.training - sparse.router == dense.training

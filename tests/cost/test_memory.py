@@ -6,11 +6,11 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from sparse_lm import config as configs
 from sparse_lm import cost
-from sparse_lm.cost.arrays import DIVIDED_OVER, arrays
+from sparse_lm.cost.arrays import arrays
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import AXES, RULES
 from sparse_lm.models import functional
-from sparse_lm.training.optimizer import make_optimizer
+from sparse_lm.step.optimizer import make_optimizer
 
 
 def make(algorithm="adamw", **model):
@@ -36,10 +36,6 @@ def test_bytes_are_those_of_the_real_state(algorithm, model):
     counted = cost.memory(config)
     assert counted.parameters == counted.gradients == 4 * sum(leaf.size for leaf in jax.tree.leaves(parameters))
     assert counted.optimizer == held(state)
-
-
-def test_axes_are_divided_as_the_mesh_divides_them():
-    assert {axis: RULES[axis] for axis in DIVIDED_OVER} == DIVIDED_OVER
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 1, 1), (1, 1, 8, 1), (2, 1, 2, 2), (1, 2, 4, 2)])

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import jax
 import pytest
 
@@ -29,7 +26,7 @@ def test_total_is_that_of_the_model(model):
 
 
 def test_active_leaves_out_the_other_experts():
-    model = make(experts=8, top_k=2, layers=2, width=16, heads=2, ffn_width=32).model
+    model = make(experts=8, top_k=2, router=configs.choice("topk"), layers=2, width=16, heads=2, ffn_width=32).model
     counted = cost.parameters(model)
     assert counted.experts == 8 * 2 * 16 * 32
     assert counted.total - counted.active == 6 * 2 * 16 * 32
@@ -39,8 +36,3 @@ def test_layers_and_what_is_around_them_add_up():
     model = make(experts=4, layers=6, dense_first=2, tied_embeddings=False).model
     around = 2 * model.vocabulary * model.width + model.width
     assert sum(cost.parameters(model, layer).total for layer in range(6)) + around == cost.parameters(model).total
-
-
-def test_cost_needs_no_jax():
-    script = "import sys, sparse_lm.cost; sys.exit('jax' in sys.modules or 'matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

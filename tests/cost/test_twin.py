@@ -4,6 +4,7 @@ from sparse_lm import config as configs
 from sparse_lm import cost
 from sparse_lm.errors import UserError
 from sparse_lm.scaling.outcome import config_differences
+from sparse_lm.stack import decoder_stack
 
 
 def make(**model):
@@ -11,14 +12,14 @@ def make(**model):
 
 
 def test_the_dense_layer_is_as_wide_as_a_tokens_experts_together():
-    twin = cost.twin(make(experts=8, top_k=2, expert_width=96))
+    twin = cost.twin(make(experts=8, top_k=2, router=configs.choice("topk"), expert_width=96))
     assert twin.name == "one-dense"
     assert (twin.model.experts, twin.model.top_k, twin.model.expert_width) == (0, 1, 192)
-    assert twin.model.layer_width(1) == 192 and twin.model.layer_width(0) == twin.model.ffn_width
+    assert [spec.hidden for spec in decoder_stack(twin.model).layers[:2]] == [twin.model.ffn_width, 192]
 
 
 def test_nothing_else_differs():
-    config = make(experts=8, top_k=2, expert_width=96)
+    config = make(experts=8, top_k=2, router=configs.choice("topk"), expert_width=96)
     assert set(config_differences(cost.twin(config), config)) == {"model.experts", "model.top_k", "model.expert_width"}
 
 

@@ -20,19 +20,12 @@ from tests.oracles import moe
 from tests.routing import table
 
 G, S, D, E, F = 2, 10, 6, 4, 5
-ACT = {"gelu": jax.nn.gelu, "swiglu": jax.nn.silu}
 
 
-def experts(weights, activation):
+def make_experts(weights, activation):
     """What the executors are given."""
-
-    def layer(x, product, key):
-        hidden = product(x, "into")
-        hidden = ACT[activation](product(x, "gate")) * hidden if "gate" in weights else ACT[activation](hidden)
-        return product(hidden, "out")
-
     into, out = ("experts", None, "hidden"), ("experts", "hidden", None)
-    return Experts(weights, {"into": into, "gate": into, "out": out}, layer)
+    return Experts(weights, {"into": into, "gate": into, "out": out}, activation)
 
 
 def case(top_k: int, gated: bool, crowded: bool):
@@ -58,11 +51,11 @@ def program(executor: str, places: int, gated: bool):
     @jax.jit
     def run(x, expert, weight, weights, dy):
         def go(x, weight, weights):
-            made = experts(weights, "swiglu" if gated else "gelu")
+            made = make_experts(weights, "swiglu" if gated else "gelu")
             return EXECUTORS[executor].run(x, TokenChoice(expert, weight), made, places)
 
-        y, back, lost = jax.vjp(go, x, weight, weights, has_aux=True)
-        return y, lost, back(dy)
+        y, vjp, dropped = jax.vjp(go, x, weight, weights, has_aux=True)
+        return y, dropped, vjp(dy)
 
     to32 = lambda a: jnp.asarray(a, jnp.int32 if a.dtype.kind == "i" else jnp.float32)
     return lambda *args: run(*jax.tree.map(to32, args))
@@ -72,11 +65,11 @@ def program(executor: str, places: int, gated: bool):
 @pytest.mark.parametrize("top_k, places, gated", CASES)
 def test_values_and_gradients_are_those_of_the_loop(executor, top_k, places, gated):
     x, dy, expert, weight, weights = case(top_k, gated, crowded=places < S)
-    y, lost, *expected = moe.experts(x, expert, weight, weights, "swiglu" if gated else "gelu", places, dy)
-    assert (lost > 0) == (places < S)
+    y, expected_dropped, *expected = moe.experts(x, expert, weight, weights, "swiglu" if gated else "gelu", places, dy)
+    assert (expected_dropped > 0) == (places < S)
     found, dropped, gradients = program(executor, places, gated)(x, expert, weight, weights, dy)
     tiny.close(found, y)
-    assert dropped == lost
+    assert dropped == expected_dropped
     tiny.close(gradients, tuple(expected))
 
 
@@ -97,17 +90,17 @@ def routings(draw):
 def test_any_choice_gives_values_and_gradients_of_the_loop(executor, routing):
     places, gated, expert, weight = routing
     x, dy, _, _, weights = case(1, gated, crowded=False)
-    y, lost, *expected = moe.experts(x, expert, weight, weights, "swiglu" if gated else "gelu", places, dy)
+    y, expected_dropped, *expected = moe.experts(x, expert, weight, weights, "swiglu" if gated else "gelu", places, dy)
     found, dropped, gradients = jax.device_get(program(executor, places, gated)(x, expert, weight, weights, dy))
-    assert dropped == lost
+    assert dropped == expected_dropped
     (dx, dweight, dweights), (ex, eweight, eweights) = gradients, expected
     tiny.close(dweight, eweight)  # in which weights have no part
     # By token and by expert, so that huge weights do not hide the small ones beside them.
     for g, s in np.ndindex(G, S):
         tiny.close((found[g, s], dx[g, s]), (y[g, s], ex[g, s]), 2e-4)
     for e in range(E):
-        at = lambda tree: {name: w[e] for name, w in tree.items()}
-        tiny.close(at(dweights), at(eweights), 2e-4)
+        of_expert = lambda tree: {name: w[e] for name, w in tree.items()}
+        tiny.close(of_expert(dweights), of_expert(eweights), 2e-4)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -115,7 +108,7 @@ def test_a_token_without_a_place_has_output_zero_and_the_others_what_they_had(ex
     x, _, expert, weight, weights = case(1, False, crowded=True)
     choice = TokenChoice(jnp.asarray(expert), jnp.asarray(weight, jnp.float32))
     weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), weights)
-    apply = lambda x, places: EXECUTORS[executor].run(x, choice, experts(weights, "gelu"), places)[0]
+    apply = lambda x, places: EXECUTORS[executor].run(x, choice, make_experts(weights, "gelu"), places)[0]
     run = jax.jit(apply, static_argnums=1)
     few, all_of_them = np.asarray(run(x.astype(np.float32), 2)), np.asarray(run(x.astype(np.float32), S))
     kept = np.stack([moe.place(group, 2) for group in expert])[..., 0]
@@ -134,10 +127,10 @@ def test_a_token_that_many_experts_choose_is_summed_in_float32():
     x, dy = random.normal(size=(2, 1, tokens, D))
 
     def run(executor, dtype):
-        made = experts({"into": jnp.asarray(into, dtype), "out": jnp.asarray(out, dtype)}, "gelu")
+        made = make_experts({"into": jnp.asarray(into, dtype), "out": jnp.asarray(out, dtype)}, "gelu")
         go = lambda x: EXECUTORS[executor].run(x, ExpertChoice(token, weight), made, tokens)[0]
-        y, back = jax.vjp(go, jnp.asarray(x, dtype))
-        return [np.asarray(a, np.float64) for a in (y, *back(jnp.asarray(dy, dtype)))]
+        y, vjp = jax.vjp(go, jnp.asarray(x, dtype))
+        return [np.asarray(a, np.float64) for a in (y, *vjp(jnp.asarray(dy, dtype)))]
 
     exact = run("einsum", "float32")
     error = lambda of: [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(of, exact)]
@@ -179,7 +172,7 @@ def router(name: str):
 def runner(executor: str):
     random = np.random.default_rng(1)
     into, out = random.normal(size=(table.E, D, F)), random.normal(size=(table.E, F, D))
-    made = experts({"into": jnp.asarray(into, jnp.float32), "out": jnp.asarray(out, jnp.float32)}, "gelu")
+    made = make_experts({"into": jnp.asarray(into, jnp.float32), "out": jnp.asarray(out, jnp.float32)}, "gelu")
     return jax.jit(lambda x, choice: EXECUTORS[executor].run(x, choice, made, 2))
 
 
@@ -190,11 +183,11 @@ def test_extreme_scores_are_run_as_masks_run_them(name, scores):
     random = np.random.default_rng(0)
     choice = router(name)(random.choice(SCORES[scores], (G, S, table.E)).astype(np.float32))
     x = random.normal(size=(G, S, D)).astype(np.float32)
-    expected, lost = jax.device_get(runner("einsum")(x, choice))
+    expected, expected_dropped = jax.device_get(runner("einsum")(x, choice))
     fine = np.isfinite(expected)
     for executor in ("gather", "grouped"):
         if type(choice) in EXECUTORS[executor].forms:
             y, dropped = jax.device_get(runner(executor)(x, choice))
-            assert dropped == lost
+            assert dropped == expected_dropped
             tiny.close(np.where(fine, y, 0), np.where(fine, expected, 0))
     assert fine.all() or "infinite" in scores or "none" in scores

@@ -177,7 +177,7 @@ from sparse_lm import config as configs
 from sparse_lm.kernels.block_sparse import block_sparse_matmul, reference
 from sparse_lm.layouts import from_mask
 from sparse_lm.mesh import make_mesh, sharding
-from sparse_lm.training.build import build
+from sparse_lm.step.build import build
 from tests import tiny
 from tests.kernels.test_block_sparse import BLOCK, by_vjp, drawn, holes
 

@@ -12,8 +12,9 @@ from sparse_lm.errors import UserError
 from sparse_lm.layouts import layout
 from sparse_lm.mesh import make_mesh
 from sparse_lm.models import functional
+from sparse_lm.models.block_sparse import BlockSparse
 from sparse_lm.models.feed_forward import FeedForward
-from sparse_lm.training.build import build
+from sparse_lm.step.build import build
 from tests import tiny
 
 LAYOUT = configs.choice("small_world", density=0.25, block=4)
@@ -31,19 +32,20 @@ def whole(blocks, of):
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_the_layer_is_the_dense_one_with_zeros(activation):
     model = tiny.config(**FIELDS, model__activation=activation).model
-    sparse = FeedForward(model, 64, nnx.Rngs(params=0), blocks=LAYOUT)
+    sparse = BlockSparse(model, 64, nnx.Rngs(params=0))
     dense = FeedForward(model, 64, nnx.Rngs(params=0))
     for name in ("into", "gate", "out"):
         if (parameter := getattr(sparse, name)) is not None:
             of = layout(LAYOUT, *((64, 16) if name == "out" else (16, 64)), "model.layout")
             getattr(dense, name)[...] = jnp.asarray(whole(parameter[...], of), jnp.float32)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 16)), jnp.float32)
-    tiny.close(sparse(x), np.asarray(dense(x)))
+    tiny.close(sparse(x)[0], np.asarray(dense(x)[0]))
 
 
 def test_a_unit_starts_with_the_variance_of_a_dense_one():
-    model = tiny.config(model__width=256, model__expert_width=1024).model
-    made = FeedForward(model, 1024, nnx.Rngs(params=0), blocks=configs.choice("random", density=0.25, block=32))
+    blocks = configs.choice("random", density=0.25, block=32)
+    model = tiny.config(model__width=256, model__expert_width=1024, model__layout=blocks).model
+    made = BlockSparse(model, 1024, nnx.Rngs(params=0))
     assert float(made.into[...].std()) == pytest.approx((1 / 64) ** 0.5, rel=0.02)
 
 

@@ -8,7 +8,7 @@ from jax.extend import core
 
 from sparse_lm.experts import EXECUTORS
 from sparse_lm.models import functional
-from sparse_lm.training.loss import loss, packed_context
+from sparse_lm.step.loss import loss, packed_context
 from tests import tiny
 from tests.oracles import decoder
 

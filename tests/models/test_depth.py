@@ -13,10 +13,11 @@ from sparse_lm import cost
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import make_mesh
 from sparse_lm.models import functional
+from sparse_lm.models.context import Context
 from sparse_lm.models.depth import SkippedLayer
-from sparse_lm.models.layer import Context
 from sparse_lm.serving.generate import cached_logits
-from sparse_lm.training.build import build
+from sparse_lm.stack import decoder_stack
+from sparse_lm.step.build import build
 from tests import tiny
 
 ROWS, LENGTH, D, C = 3, 16, 16, 4
@@ -28,15 +29,15 @@ DEPTH = {
 
 
 def made():
-    layer = SkippedLayer(tiny.config(**DEPTH, training__batch=ROWS).model, nnx.Rngs(params=0))
+    model = tiny.config(**DEPTH, training__batch=ROWS).model
+    layer = SkippedLayer(model, decoder_stack(model).period[-1], nnx.Rngs(params=0))
     layer.router.kernel[...] *= 3
     return layer
 
 
 def context(valid):
-    causal = np.tril(np.ones((LENGTH, LENGTH), bool)) & valid[:, None] & valid[:, :, None]
     at = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))
-    return Context(jnp.zeros((ROWS, LENGTH), jnp.int32), jnp.asarray(valid), at, jnp.asarray(causal), math.inf)
+    return Context(jnp.zeros((ROWS, LENGTH), jnp.int32), jnp.asarray(valid, jnp.int32), at, math.inf)
 
 
 @pytest.mark.parametrize("padding", [(0, 0, 0), (3, 14, 16)])
@@ -55,9 +56,8 @@ def test_the_chosen_tokens_pass_and_the_others_leave_as_they_came(padding):
         if chosen:
             alone = Context(
                 jnp.zeros((1, n), jnp.int32),
-                jnp.ones((1, n), bool),
+                jnp.ones((1, n), jnp.int32),
                 jnp.asarray(chosen)[None],
-                jnp.tril(jnp.ones((1, n, n), bool)),
                 math.inf,
             )
             inside = layer.layer(jnp.asarray(x[row, chosen])[None], alone)[0][0]
@@ -69,7 +69,7 @@ def test_the_chosen_tokens_pass_and_the_others_leave_as_they_came(padding):
 def test_tokens_that_are_routed_alone_do_not_see_later_ones():
     layer, valid = made(), np.ones((ROWS, LENGTH), bool)
     x = np.random.default_rng(0).normal(size=(ROWS, LENGTH, D)).astype(np.float32)
-    alone = context(valid)._replace(alone=True, cache_start=jnp.int32(0))
+    alone = context(valid)._replace(alone=True, cache_start=jnp.zeros(ROWS, jnp.int32))
     y, (aux, cache) = layer(jnp.asarray(x), alone)
     assert cache is None and 0 < (aux.chosen >= 0).sum() < ROWS * LENGTH
     later, _ = layer(jnp.asarray(x).at[:, 8:].set(1), alone)
@@ -96,11 +96,11 @@ def test_generation_with_a_cache_is_the_pass_without_one():
     parameters = fns.init(jax.random.key(0))
     ids = np.random.default_rng(0).integers(1, 64, (2, LENGTH))
     run = jax.jit(lambda *a: cached_logits(fns, parameters, {}, *a), static_argnums=())
-    padding = jnp.zeros(2, jnp.int32)
-    whole, _ = run(fns.init_caches(2, LENGTH), jnp.asarray(ids), jnp.int32(0), padding)
+    pair = lambda number: jnp.full(2, number, jnp.int32)
+    whole, _ = run(fns.init_caches(2, LENGTH), jnp.asarray(ids), pair(0), pair(LENGTH))
     caches, logits = fns.init_caches(2, LENGTH), []
     for at in range(LENGTH):
-        one, caches = run(caches, jnp.asarray(ids[:, at : at + 1]), jnp.int32(at), padding)
+        one, caches = run(caches, jnp.asarray(ids[:, at : at + 1]), pair(at), pair(1))
         logits.append(one)
     tiny.close(jnp.concatenate(logits, axis=1), whole)
 

@@ -12,7 +12,10 @@ from sparse_lm import config as configs
 from sparse_lm.experts import EXECUTORS
 from sparse_lm.experts.executor import Executor
 from sparse_lm.experts.gather import gather
-from sparse_lm.models.layer import Context, ExpertLayer, Layer, RMSNorm
+from sparse_lm.models.context import Context
+from sparse_lm.models.expert_layer import ExpertLayer
+from sparse_lm.models.layer import Layer, RMSNorm
+from sparse_lm.stack import decoder_stack
 from tests import tiny
 from tests.oracles import moe
 
@@ -21,7 +24,7 @@ ROWS, LENGTH, D, E = 2, 16, 16, 4
 
 def context(valid, factor):
     zeros = jnp.zeros((ROWS, LENGTH), jnp.int32)
-    return Context(zeros, jnp.asarray(valid), zeros, jnp.ones((ROWS, LENGTH, LENGTH), bool), factor)
+    return Context(zeros, jnp.asarray(valid, jnp.int32), zeros, factor)
 
 
 def layer(executor, **fields):
@@ -33,7 +36,7 @@ def layer(executor, **fields):
         training__batch=ROWS,
         **fields,
     ).model
-    graph, state = nnx.split(ExpertLayer(model, nnx.Rngs(params=0)))
+    graph, state = nnx.split(ExpertLayer(model, model.expert_width, nnx.Rngs(params=0)))
     # Larger weights than at the start, so that no gradient drowns in another's rounding.
     return graph, jax.tree.map(lambda w: 3 * w, nnx.to_pure_dict(state))
 
@@ -81,7 +84,7 @@ def test_overflow_and_padding_pass_a_layer_by_the_residual_alone(executor):
     model = tiny.config(
         model__experts=E, model__executor=executor, model__router=tiny.switch(), training__batch=ROWS
     ).model
-    made = Layer(model, True, nnx.Rngs(params=0))
+    made = Layer(model, decoder_stack(model).period[-1], nnx.Rngs(params=0))
     made.attention.out[...] = jnp.zeros_like(made.attention.out[...])
     graph, state = nnx.split(made)
     random = np.random.default_rng(0)
@@ -103,7 +106,7 @@ def test_what_overflows_a_buffer_in_training_is_kept_outside_it():
         asked.append(experts.buffer)
         return x, jnp.zeros(())
 
-    made = ExpertLayer(model, nnx.Rngs(params=0))
+    made = ExpertLayer(model, model.expert_width, nnx.Rngs(params=0))
     x, valid = jnp.ones((ROWS, LENGTH, D)), np.ones((ROWS, LENGTH), bool)
     original = EXECUTORS["auto"]
     EXECUTORS["auto"] = original._replace(run=executor)
@@ -128,7 +131,7 @@ def test_rms_norm():
 def test_alone_a_token_passes_the_experts_that_it_chooses(monkeypatch):
     """Where experts choose, in training as many as there are; in generation top_k, by which `auto` goes."""
     model = tiny.config(model__experts=E, model__top_k=2, model__router=configs.choice("expert_choice")).model
-    made, passed = ExpertLayer(model, nnx.Rngs(params=0)), []
+    made, passed = ExpertLayer(model, model.expert_width, nnx.Rngs(params=0)), []
 
     def run(x, choice, experts, capacity):
         passed.append(experts.passed)

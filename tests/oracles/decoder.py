@@ -45,7 +45,7 @@ def decoder(parameters: dict, model, batch: dict, factor: float):
     rows, length = segments.shape
     mask = (segments[:, :, None] == segments[:, None, :]) & np.tri(length, dtype=bool)
     layers = [parameters["prefix"][i] for i in range(model.dense_first)]
-    for repeat in range(model.periods):
+    for repeat in range((model.layers - model.dense_first) // model.expert_every):
         layers += [_pick(parameters["period"][place], repeat) for place in range(model.expert_every)]
     x = parameters["embedding"][batch["inputs"]] * math.sqrt(model.width)
     chosen = []

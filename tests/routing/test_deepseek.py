@@ -196,7 +196,7 @@ def after_steps(count, **fields):
     state, biases = built.init(), [np.zeros((1, 4))]
     for seed in range(count):
         state, _ = built.step(state, tiny.batch(built.config, seed))
-        biases.append(np.asarray(state.router["period"][0]["bias"]))
+        biases.append(np.asarray(state.router["routed"]["bias"]))
     return built, state, biases
 
 
@@ -206,7 +206,7 @@ def test_the_bias_changes_once_a_step_and_not_in_evaluation():
         moved = np.abs(after - before)
         assert moved.any() and (np.isclose(moved, 0.01, atol=1e-7) | (moved == 0)).all()
     built.evaluate(state.parameters, state.router, {k: v[:2] for k, v in tiny.batch(built.config).items()})
-    tiny.equal(state.router["period"][0]["bias"], biases[-1])
+    tiny.equal(state.router["routed"]["bias"], biases[-1])
 
 
 def test_the_bias_is_the_same_over_microbatches():

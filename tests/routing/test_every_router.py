@@ -16,10 +16,11 @@ from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.experts import EXECUTORS
 from sparse_lm.models import functional
-from sparse_lm.models.layer import Context, ExpertLayer
+from sparse_lm.models.context import Context
+from sparse_lm.models.expert_layer import ExpertLayer
 from sparse_lm.registry import create
 from sparse_lm.routing import ROUTERS, ExpertChoice, SoftSlots, TokenChoice, leak
-from sparse_lm.training.loss import packed_context
+from sparse_lm.step.loss import packed_context
 from tests import tiny
 from tests.routing import table
 
@@ -124,13 +125,13 @@ def test_every_executor_that_takes_a_router_agrees_with_masks(name, executor, fa
 @functools.cache
 def layer(name, executor, factor):
     model = table.config(name, executor=executor).model
-    graph, state = nnx.split(ExpertLayer(model, nnx.Rngs(params=0)))
+    graph, state = nnx.split(ExpertLayer(model, model.expert_width, nnx.Rngs(params=0)))
     random = np.random.default_rng(0)
     x, dy = random.normal(size=(2, G, S, D)).astype(np.float32)
     valid = random.random((G, S)) < 0.8
     at = jnp.zeros((G, S), jnp.int32)
     ids = jnp.asarray(random.integers(0, 64, (G, S)), jnp.int32)
-    context = Context(ids, jnp.asarray(valid), at, jnp.ones((G, S, S), bool), factor)
+    context = Context(ids, jnp.asarray(valid, jnp.int32), at, factor)
     router_state = router(name)[0].init_state()
 
     def total(parameters, x):

@@ -7,7 +7,7 @@ import pytest
 
 from sparse_lm import config as configs
 from sparse_lm.mesh import make_mesh
-from sparse_lm.routing.losses import balance, by_region, router_z
+from sparse_lm.routing.losses import by_region, load_balancing_loss, router_z_loss
 
 G, S, E, K = 8, 6, 4, 2
 
@@ -62,11 +62,11 @@ def test_balance_is_that_of_each_region_times_its_tokens(over, regions):
                 for e in expert[g, s]:
                     f[e] += 1
         expected += E * (f / K) @ p / max(tokens, 1)  # tokens · E · Σ (f / (K tokens)) (p / tokens)
-    found = under(lambda *args: balance(*args, over), data=2)(probabilities, expert.astype(np.int32), valid)
+    found = under(lambda *args: load_balancing_loss(*args, over), data=2)(probabilities, expert.astype(np.int32), valid)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_z_loss_is_of_valid_tokens():
     logits = jnp.array([[[0.0, 0.0], [1e4, 0.0], [3.0, 3.0]]])
-    found = router_z(logits, jnp.array([[True, False, True]]))
+    found = router_z_loss(logits, jnp.array([[True, False, True]]))
     assert found == pytest.approx(np.log(2) ** 2 + (3 + np.log(2)) ** 2)

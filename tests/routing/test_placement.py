@@ -94,7 +94,7 @@ def test_nobody_takes_no_place():
     ],
 )
 def test_capacity_is_an_even_share_times_the_factor_rounded_up(tokens, experts, top_k, factor, places):
-    assert configs.capacity(tokens, experts, top_k, factor) == places
+    assert configs.compute_capacity(tokens, experts, top_k, factor) == places
 
 
 def test_more_choices_than_can_be_numbered_are_refused():

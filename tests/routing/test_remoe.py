@@ -173,7 +173,7 @@ def test_training_moves_the_coefficient_once_a_step():
     state = built.init()
     for seed in range(2):
         state, metrics = built.step(state, tiny.batch(built.config, seed))
-    np.testing.assert_allclose(state.router["period"][0]["coefficient"], [1.44e-8] * 2, rtol=1e-6)
+    np.testing.assert_allclose(state.router["routed"]["coefficient"], [1.44e-8] * 2, rtol=1e-6)
     assert 0 < metrics["l1_loss"] < 1e-6
 
 

@@ -13,7 +13,8 @@ from flax import nnx
 
 from sparse_lm import config as configs
 from sparse_lm.experts import EXECUTORS
-from sparse_lm.models.layer import Context, ExpertLayer
+from sparse_lm.models.context import Context
+from sparse_lm.models.expert_layer import ExpertLayer
 from tests import tiny
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "oracles/transformers_blocks.py"
@@ -58,10 +59,10 @@ def check(block: str, executor: str, router: configs.Choice, factor: float = mat
         training__batch=rows,
         **fields,
     ).model
-    graph, made = nnx.split(ExpertLayer(model, nnx.Rngs(params=0)))
+    graph, made = nnx.split(ExpertLayer(model, model.expert_width, nnx.Rngs(params=0)))
     assert jax.tree.map(jnp.shape, nnx.to_pure_dict(made)) == jax.tree.map(jnp.shape, parameters)
     ids, valid = jnp.zeros((rows, length), jnp.int32), jnp.ones((rows, length), bool)
-    context = Context(ids, valid, ids, jnp.ones((rows, length, length), bool), factor)
+    context = Context(ids, jnp.asarray(valid, jnp.int32), ids, factor)
 
     @jax.jit
     def run(parameters, x):

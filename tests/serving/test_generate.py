@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import functools
 import math
@@ -15,7 +16,7 @@ from sparse_lm.errors import UserError
 from sparse_lm.models import functional
 from sparse_lm.serving import Generator, Sampling
 from sparse_lm.serving.generate import cached_logits
-from sparse_lm.training.loss import packed_context
+from sparse_lm.step.loss import packed_context
 
 END = 0
 LENGTH = 48
@@ -76,21 +77,21 @@ def greedy_loop(name: str, end: int, prompt: list[int], max_tokens: int) -> list
 def test_cached_logits_are_those_of_the_uncached_pass_at_every_position(name):
     model, _, parameters = made(name)
     fns = functional(dataclasses.replace(model, group_size=1))
-    padding = np.array([0, 3, 8])
     ids = np.random.default_rng(0).integers(0, model.vocabulary, (3, 21))
+    first = np.array([9, 6, 1], np.int32)  # tokens of each row in the first pass, which is padded to 9
     step = jax.jit(lambda *args: cached_logits(fns, parameters, fns.init_router_state(), *args))
-    caches = fns.init_caches(3, 25)
-    parts = []
-    for start, stop in [(0, 9), *((i, i + 1) for i in range(9, 21))]:
-        logits, caches = step(caches, ids[:, start:stop], np.int32(start), padding)
-        parts.append(logits)
-    found = np.concatenate(parts, axis=1)
-    for row, pad in enumerate(padding):
-        np.testing.assert_allclose(found[row, pad:], forward(name)(ids[row, pad:]), atol=2e-5)
+    logits, caches = step(fns.init_caches(3, 25), ids[:, :9], np.zeros(3, np.int32), first)
+    found = [list(np.asarray(row)[:count]) for row, count in zip(logits, first)]
+    for start in (first + i for i in range(12)):
+        logits, caches = step(caches, np.take_along_axis(ids, start[:, None], axis=1), start, np.ones(3, np.int32))
+        for row, new in zip(found, logits):
+            row.append(np.asarray(new)[0])
+    for row, of_row in enumerate(found):
+        np.testing.assert_allclose(of_row, forward(name)(ids[row, : len(of_row)]), atol=2e-5)
 
 
-def test_padding_is_not_valid_and_positions_count_from_the_first_token():
-    # Rotary positions are relative and nothing attends to padding, so the logits alone do not show this.
+def test_padding_is_not_valid_and_positions_count_from_the_rows_first_token():
+    # Nothing attends to padding, so the logits alone do not show this.
     _, fns, parameters = made("dense")
     seen = []
 
@@ -98,13 +99,13 @@ def test_padding_is_not_valid_and_positions_count_from_the_first_token():
         seen.append(context)
         return fns.apply(parameters, ids, context, *args, **kwargs)
 
-    recording, padding = dataclasses.replace(fns, apply=apply), jnp.array([3, 0])
-    caches = cached_logits(
-        recording, parameters, {}, fns.init_caches(2, 6), jnp.ones((2, 4), int), jnp.array(0), padding
-    )[1]
-    cached_logits(recording, parameters, {}, caches, jnp.ones((2, 1), int), jnp.array(4), padding)
-    assert [context.valid.tolist() for context in seen] == [[[False] * 3 + [True], [True] * 4], [[True], [True]]]
-    assert [context.positions.tolist() for context in seen] == [[[0, 0, 0, 0], [0, 1, 2, 3]], [[1], [4]]]
+    recording, lengths, ones = copy.copy(fns), jnp.array([1, 4]), jnp.ones(2, int)
+    recording.apply = apply
+    caches = fns.init_caches(2, 6)
+    caches = cached_logits(recording, parameters, {}, caches, jnp.ones((2, 4), int), 0 * lengths, lengths)[1]
+    cached_logits(recording, parameters, {}, caches, jnp.ones((2, 1), int), lengths, ones)
+    assert [context.valid.tolist() for context in seen] == [[[True] + [False] * 3, [True] * 4], [[True], [True]]]
+    assert [context.positions.tolist() for context in seen] == [[[0, 1, 2, 3], [0, 1, 2, 3]], [[1], [4]]]
     assert [context.capacity_factor for context in seen] == [math.inf] * 2
 
 
@@ -202,7 +203,7 @@ import jax, math
 from sparse_lm.config import Config, Data, Mesh, Model, Training, resolve
 from sparse_lm.mesh import make_mesh
 from sparse_lm.serving import Generator, Sampling
-from sparse_lm.training.build import build
+from sparse_lm.step.build import build
 
 model = Model(vocabulary=24, width=16, heads=4, kv_heads=2, ffn_width=24, experts=4, executor="einsum")
 found = []

@@ -1,0 +1,58 @@
+"""The figures in the rows of metrics.jsonl and eval.jsonl."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_lm import data
+from sparse_lm.mesh import sharding
+from sparse_lm.routing import leak
+from sparse_lm.stack import Stack
+from sparse_lm.step.build import Build
+from sparse_lm.step.state import count_tokens
+
+SCALARS = ("loss", "cross_entropy", "balance_loss", "z_loss", "grad_norm", "learning_rate")
+
+
+def metrics_row(stack: Stack, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    """A step's metrics as plain numbers: those of `SCALARS`, other losses of the router, counts, and the health of each
+    routed layer."""
+    metrics = jax.device_get(metrics)
+    row = {"step": step, "tokens": count_tokens(metrics["tokens"])}
+    others = set(metrics) - {"tokens", "skipped", "skipped_in_a_row", "routing"}
+    row |= {name: float(metrics.get(name, 0.0)) for name in (*SCALARS, *sorted(others - set(SCALARS)))}
+    row["skipped"] = int(metrics["skipped"])
+    for name, values in metrics["routing"].items():
+        row |= {f"routing/{layer}/{name}": float(value) for layer, value in zip(stack.routed, values)}
+    return row
+
+
+def evaluate(
+    program: Build, corpus: data.Corpus, parameters: dict, router: dict, splits: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Means over the tokens of the first `evaluation.rows` rows of each split.
+
+    loss: nats per token at the evaluation capacity; loss_train_capacity: at the training capacity; bits_per_byte: of
+    the text, which does not depend on the tokenizer; tokens: how many; causal: whether loss is of each token given the
+    earlier ones alone (`routing.leak`).
+    """
+    training, rows = program.config.training, program.config.evaluation.rows
+    batch = training.batch // training.accumulation  # what fits a step's memory
+    place = sharding(program.mesh, "batch")
+    measured = {}
+    for split in splits:
+        batches = corpus.evaluation(split, batch, rows)
+        with data.Prefetch(lambda i, b=batches: data.device_batch(b, i, batch, place), 0, len(batches)) as ready:
+            # One after the other, for the reason given in `digest.digests`.
+            sums = [jax.device_get(program.evaluate(parameters, router, rows)) for rows in ready]
+        total = {name: float(np.sum([s[name] for s in sums], dtype=np.float64)) for name in sums[0]}
+        measured[split] = {
+            "loss": total["cross_entropy"] / total["tokens"],
+            "bits_per_byte": total["cross_entropy"] / math.log(2) / total["bytes"],
+            "loss_train_capacity": total["cross_entropy_train_capacity"] / total["tokens"],
+            "tokens": int(total["tokens"]),
+            "causal": not leak(program.config.model, program.config.model.eval_capacity_factor),
+        }
+    return measured
