@@ -12,7 +12,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -39,14 +39,16 @@ class Checkpoints:
 
     Reading changes nothing in the folder. The first save removes what an interrupted one has left, and, after
     `restore`, the steps newer than the one restored: they can't be used, or the run has gone back behind them.
-    Every process calls the same methods in the same order.
+    Every process calls the same methods in the same order. From the moment that `lost` says why the folder is another's,
+    nothing in it is deleted.
     """
 
-    def __init__(self, folder: epath.PathLike, keep: int = 2, schema: int = 1):
+    def __init__(self, folder: epath.PathLike, keep: int = 2, schema: int = 1, lost: Callable[[], str] = lambda: ""):
         # Orbax wants an absolute path; an object store's is one already.
         self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).expanduser().absolute()
         self.keep = keep
         self.schema = schema
+        self._lost = lost
         self._writer: ocp.AsyncCheckpointer | None = None
         self._restored: int | None = None
         self._losses: dict[int, float] = {}
@@ -95,7 +97,7 @@ class Checkpoints:
             self._writer.wait_until_finished()
         except Exception as error:
             raise self._failed(error) from error
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not self._lost():
             steps = self.steps()
             best = min(steps, key=self._loss, default=None)
             for step in steps[: -self.keep]:
@@ -213,7 +215,7 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> Exception:
         """What to raise for a failed save, after removing what there is of it."""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not self._lost():
             for path in list(self.folder.glob("*.orbax-checkpoint-tmp*")):
                 path.rmtree(missing_ok=True)
         code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's way to tell errno

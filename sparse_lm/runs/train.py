@@ -82,7 +82,7 @@ def train(config: configs.Config, workdir: epath.PathLike, init_from: str = "") 
         if (summary := folder.summary()) and summary["steps"] >= steps:
             log.info("%s is finished: %d steps are done; a higher training.steps goes on", workdir, summary["steps"])
             return summary
-        checkpoints = enter(Checkpoints(folder.checkpoints, config.checkpoints.keep))
+        checkpoints = enter(Checkpoints(folder.checkpoints, config.checkpoints.keep, lost=lambda: folder.lost))
         with clock.phase("restoring", "making or restoring the state"):
             continued = bool(checkpoints.steps())
             state = restore_state(program, checkpoints) if continued else initial_state(program, parent)

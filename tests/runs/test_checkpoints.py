@@ -121,6 +121,22 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     assert checkpoints.steps() == [6, 10]
 
 
+def test_nothing_is_deleted_in_a_folder_that_another_has_taken_over(tmp_path):
+    lost = ""
+    with Checkpoints(tmp_path, keep=1, lost=lambda: lost) as checkpoints:
+        checkpoints.save(1, shifted(1), {})
+        checkpoints.save(2, shifted(2), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [2]
+        checkpoints.save(3, shifted(3), {})
+        lost = "taken over"
+        theirs = tmp_path / "4.orbax-checkpoint-tmp"
+        theirs.mkdir()
+        checkpoints.wait()
+        checkpoints._failed(OSError("the store does not answer"))
+    assert checkpoints.steps() == [2, 3] and theirs.exists()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_flipped_bit_is_noticed_in_every_array(two, capfd, name):
     item, array = name.split("/", 1)
