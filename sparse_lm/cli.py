@@ -1,6 +1,7 @@
 """The commands. Each parses, calls one function, and prints."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from sparse_lm.command_line import define_config
-from sparse_lm.config import resolve
+from sparse_lm.config import Mesh, resolve
 from sparse_lm.errors import RunFailed, Stopped, UserError, nearest
 from sparse_lm.host_memory import keep_freed_memory
 
@@ -44,6 +45,12 @@ def _saved_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("step", None, "a saved step; by default the newest", flag_values=values)
 
 
+def _mesh_flags(values: flags.FlagValues) -> None:
+    for axis in dataclasses.fields(Mesh):
+        about = "devices along this axis of the mesh; by default a mesh that fits"
+        flags.DEFINE_integer(f"mesh.{axis.name}", None, about, flag_values=values)
+
+
 def _replay_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "the run's folder", flag_values=values)
     flags.DEFINE_integer("step", None, "the step to run again, any that the run has done", flag_values=values)
@@ -58,6 +65,7 @@ def _profile_flags(values: flags.FlagValues) -> None:
 
 def _evaluate_flags(values: flags.FlagValues) -> None:
     _saved_flags(values)
+    _mesh_flags(values)
     _distributed_flags(values)
     flags.DEFINE_float("capacity_factor", None, "of the evaluation; inf drops nothing", flag_values=values)
     flags.DEFINE_multi_string(
@@ -78,6 +86,7 @@ def _compare_flags(values: flags.FlagValues) -> None:
 
 def _generate_flags(values: flags.FlagValues) -> None:
     _saved_flags(values)
+    _mesh_flags(values)
     flags.DEFINE_string("prompt", "", "the text to continue", flag_values=values)
     flags.DEFINE_string(
         "prompts", "", "a folder of .txt files (or a .jsonl file) to continue, with --out", flag_values=values
@@ -114,7 +123,7 @@ def _evaluate(options: flags.FlagValues) -> None:
     from sparse_lm import runs
 
     sources = options.sources or ()
-    measured = runs.evaluate(_workdir(options), options.step, options.capacity_factor, sources=sources)
+    measured = runs.evaluate(_workdir(options), options.step, options.capacity_factor, _mesh(options), sources)
     if _primary():
         print(json.dumps(measured, indent=2))
         if measured["leak"]:
@@ -144,7 +153,7 @@ def _generate(options: flags.FlagValues) -> None:
     if bool(options.prompt) == bool(options.prompts) or bool(options.prompts) != bool(options.out):
         raise UserError("give --prompt=TEXT, or --prompts=FOLDER and --out=FILE.jsonl, and not both")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    model = runs.load(_workdir(options), options.step)
+    model = runs.load(_workdir(options), options.step, _mesh(options))
     tokenizer = model.tokenizer
     generator = Generator(
         model.config.model,
@@ -204,6 +213,12 @@ def _workdir(options: flags.FlagValues) -> str:
     if not options.workdir:
         raise UserError("--workdir=DIR is missing, the folder of a run")
     return options.workdir
+
+
+def _mesh(options: flags.FlagValues) -> Mesh | None:
+    sizes = {axis.name: options[f"mesh.{axis.name}"].value for axis in dataclasses.fields(Mesh)}
+    given = {axis: size for axis, size in sizes.items() if size is not None}
+    return Mesh(**given) if given else None
 
 
 def _initialize(options: flags.FlagValues) -> None:

@@ -38,6 +38,7 @@ def said(capsys, *arguments: str, code: int = 2) -> str:
         (["evaluate"], "--workdir=DIR is missing"),
         (["evaluate", "--workdir=nowhere"], "there is no run in nowhere: it does not exist"),
         (["generate", "--workdir=nowhere"], "give --prompt=TEXT"),
+        (["generate", "--mesh.fsd=2"], "--mesh.fsd is not a flag of generate; did you mean 'mesh.fsdp'?"),
         (["replay", "--workdir=nowhere"], "--step=N is missing"),
         (
             ["train", "--config=configs/quickstart.py", "--workdir=nothing", "--init-from=nowhere@3"],
@@ -197,6 +198,11 @@ def test_commands_work_on_a_run(capsys, config, tmp_path, monkeypatch):
     generated = capsys.readouterr()
     assert generated.out.startswith("the cat")
     assert "WARNING" not in evaluated.err + generated.err  # the router looks at nothing ahead
+    cli.main(["evaluate", workdir, "--mesh.fsdp=1"])
+    assert json.loads(capsys.readouterr().out) == found
+    assert "mesh.fsdp=3, mesh.expert=1, mesh.tensor=1 needs a multiple of 3 devices; there are 1" in said(
+        capsys, "generate", workdir, "--prompt=the cat", "--mesh.fsdp=3"
+    )
     cli.main(["replay", workdir, "--step=7"])
     assert "step 7, run again" in capsys.readouterr().out
     cli.main(["info", f"--config={config}"])
