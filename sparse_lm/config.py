@@ -9,18 +9,37 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from sparse_lm.errors import UserError, nearest, nearest_divisor
+from sparse_lm.ranges import (
+    Factor,
+    NotNegative,
+    OneOf,
+    Positive,
+    Probability,
+    Range,
+    Seed,
+    Size,
+    SizeOr0,
+    Steps,
+    StepsOr0,
+    bare,
+    fault,
+)
 from sparse_lm.stored_config import fill
 
 
 class Node:
     """A part of a config; it can be written to until `freeze`."""
+
+    def __init_subclass__(cls):
+        # The dataclass is made of bare types, which those who read values from text understand.
+        cls.ranges = dict(cls.__annotations__)
+        cls.__annotations__ = {name: bare(kind) for name, kind in cls.ranges.items()}
 
     def __setattr__(self, name: str, value: Any):
         if name not in (names := type(self).__dataclass_fields__):
@@ -54,43 +73,44 @@ def choice(name: str, **options) -> Choice:
 
 @dataclass
 class Model(Node):
-    vocabulary: int = 2048  # V, tokens
-    width: int = 128  # D
-    layers: int = 4
-    heads: int = 4  # H
-    kv_heads: int = 0  # key and value heads; 0: as many as heads
-    head_width: int = 0  # 0: width / heads
-    ffn_width: int = 512  # hidden width of a dense feed-forward layer
-    activation: str = "gelu"  # gelu, or gated with a third matrix: geglu, swiglu
+    vocabulary: Size = 2048  # V, tokens
+    width: Size = 128  # D
+    layers: Annotated[int, Range(least=1, most=10_000)] = 4
+    heads: Size = 4  # H
+    kv_heads: SizeOr0 = 0  # key and value heads; 0: as many as heads
+    head_width: SizeOr0 = 0  # 0: width / heads
+    ffn_width: Size = 512  # hidden width of a dense feed-forward layer
+    activation: Annotated[str, OneOf("gelu", "geglu", "swiglu")] = "gelu"  # the last two gate with a third matrix
     tied_embeddings: bool = True  # the output layer is the transposed embedding
-    rope_base: float = 10_000.0
-    init_scale: float = 1.0  # s in the standard deviation sqrt(s / fan_in) of every matrix; Switch uses 0.1
-    dropout: float = 0.0  # on the embedding and on each residual branch
-    dtype: str = "float32"  # of the computation: float32 or bfloat16; parameters are always float32
+    rope_base: Positive = 10_000.0
+    init_scale: Positive = 1.0  # s in the standard deviation sqrt(s / fan_in) of every matrix; Switch uses 0.1
+    dropout: Probability = 0.0  # on the embedding and on each residual branch
+    dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"  # of the computation; parameters are float32
     attention: Choice = field(default_factory=lambda: choice("full"))  # the kind of attention: models/table.py
-    remat: str = "none"  # what the backward pass computes again: none, dots (all but products with dense weights), full
+    # What the backward pass computes again; dots: all but products with dense weights.
+    remat: Annotated[str, OneOf("none", "dots", "full")] = "none"
     scan: bool = True  # layers in one compiled loop; False unrolls it
 
     # Kind of the layer in the last place of each period: auto: experts where there are any, blocks where there is a
     # layout, otherwise dense.
     feed_forward: Choice = field(default_factory=lambda: choice("auto"))
-    experts: int = 0  # E in each expert layer; 0: a dense feed-forward layer of expert_width in its place
+    experts: SizeOr0 = 0  # E in each expert layer; 0: a dense feed-forward layer of expert_width in its place
     layout: Choice = field(default_factory=lambda: choice("dense"))  # blocks of that layer's matrices that exist
-    expert_width: int = 0  # F, hidden width of one expert; 0: ffn_width
-    expert_every: int = 2  # every n-th feed-forward layer is an expert layer
-    dense_first: int = 0  # dense layers before the first period of expert_every layers
-    top_k: int = 1  # K, experts per token
+    expert_width: SizeOr0 = 0  # F, hidden width of one expert; 0: ffn_width
+    expert_every: Size = 2  # every n-th feed-forward layer is an expert layer
+    dense_first: SizeOr0 = 0  # dense layers before the first period of expert_every layers
+    top_k: Size = 1  # K, experts per token
     router: Choice = field(default_factory=lambda: choice("switch"))
-    shared_experts: int = 0  # experts' widths of one dense layer beside the experts, which every token passes
+    shared_experts: SizeOr0 = 0  # experts' widths of one dense layer beside the experts, which every token passes
     # Region in which load is measured, and balanced by losses and biases: group, device, batch (a microbatch). Routers
     # that assign the tokens of a group together always balance the group.
-    balance_over: str = "group"
-    executor: str = "auto"  # how the experts are computed: auto, einsum, gather, grouped
-    exchange_buffer: float = math.inf  # rows grouped has room for on a device in training, over an even share; inf: all
-    capacity_factor: float = 1.25  # places per expert in training, over an even share; inf: nothing is dropped
-    eval_capacity_factor: float = math.inf  # the same in evaluation, where both are measured
-    group_size: int = 0  # S, tokens that compete for the same places; 0: one row of data.length
-    expert_dropout: float = 0.0  # on the hidden units of experts
+    balance_over: Annotated[str, OneOf("group", "device", "batch")] = "group"
+    executor: str = "auto"  # how the experts are computed: auto, einsum, gather, grouped (exchange_buffer is its)
+    exchange_buffer: Factor = math.inf  # rows that a device has room for in training, over an even share; inf: all
+    capacity_factor: Factor = 1.25  # places per expert in training, over an even share; inf: nothing is dropped
+    eval_capacity_factor: Factor = math.inf  # the same in evaluation, where both are measured
+    group_size: SizeOr0 = 0  # S, tokens that compete for the same places; 0: one row of data.length
+    expert_dropout: Probability = 0.0  # on the hidden units of experts
 
     @property
     def sparse(self) -> bool:
@@ -114,7 +134,7 @@ def compute_capacity(tokens: int, experts: int, top_k: int, factor: float) -> in
 class Data(Node):
     sources: tuple[str, ...] = ("stdlib",)  # stdlib, folder:PATH, tfds:NAME; ?weight=2&max_epochs=4&field=text follows
     tokenizer: str = ""  # a tokenizer.json or SentencePiece .model; "": byte-level BPE trained on the sources
-    length: int = 256  # L, tokens per row
+    length: Size = 256  # L, tokens per row
 
 
 @dataclass
@@ -131,18 +151,18 @@ class Mesh(Node):
 class Group(Node):
     """Multiples of the optimizer's learning rate and weight decay for one group of parameters."""
 
-    learning_rate: float = 1.0
-    weight_decay: float = 1.0
+    learning_rate: NotNegative = 1.0
+    weight_decay: NotNegative = 1.0
 
 
 @dataclass
 class Optimizer(Node):
     algorithm: Choice = field(default_factory=lambda: choice("adamw"))  # adamw, adafactor, muon
-    learning_rate: float = 3e-3  # peak
-    weight_decay: float = 0.1  # per step, times the learning rate; norms and biases have none
-    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+    learning_rate: Positive = 3e-3  # peak
+    weight_decay: NotNegative = 0.1  # per step, times the learning rate; norms and biases have none
+    clip_norm: NotNegative = 1.0  # global gradient norm; 0: no clipping
     schedule: Choice = field(default_factory=lambda: choice("cosine"))  # cosine, rsqrt, wsd, constant
-    warmup_steps: int = 100
+    warmup_steps: StepsOr0 = 100
     embedding: Group = field(default_factory=Group)
     router: Group = field(default_factory=Group)
     experts: Group = field(default_factory=Group)
@@ -153,38 +173,38 @@ class Optimizer(Node):
 class Anticipation(Node):
     """Choices of experts made ahead, after a spike of the loss; see `training.anticipation`."""
 
-    ahead: int = 0  # steps between a choice and its use; 0: none is made ahead
-    spike: float = 1.0  # nats above the running mean of the loss from which on a loss is a spike
-    steps: int = 200  # that it stays on after the last spike
+    ahead: StepsOr0 = 0  # steps between a choice and its use; 0: none is made ahead
+    spike: Positive = 1.0  # nats above the running mean of the loss from which on a loss is a spike
+    steps: Steps = 200  # that it stays on after the last spike
 
 
 @dataclass
 class Training(Node):
-    steps: int = 1000
-    batch: int = 16  # B, rows per step over all devices
-    accumulation: int = 1  # microbatches that a step's gradient is summed over
-    seed: int = 0  # of initial weights, order of the data, jitter and dropout
-    max_skipped: int = 10  # steps in a row with a non-finite gradient before the run ends
-    watchdog: float = 600.0  # seconds without a finished step after which the run says where it hangs; 0: never
+    steps: Steps = 1000
+    batch: Size = 16  # B, rows per step over all devices
+    accumulation: Size = 1  # microbatches that a step's gradient is summed over
+    seed: Seed = 0  # of initial weights, order of the data, jitter and dropout
+    max_skipped: Steps = 10  # steps in a row with a non-finite gradient before the run ends
+    watchdog: NotNegative = 600.0  # seconds without a finished step after which the run says where it hangs; 0: never
     anticipation: Anticipation = field(default_factory=Anticipation)
 
 
 @dataclass
 class Evaluation(Node):
-    every: int = 100  # steps; the last step is always evaluated
-    rows: int = 256  # rows of each split; 0: all
+    every: Steps = 100  # steps; the last step is always evaluated
+    rows: SizeOr0 = 256  # rows of each split; 0: all
     splits: tuple[str, ...] = ("validation", "heldout_domain")
 
 
 @dataclass
 class Checkpoints(Node):
-    every: int = 200  # steps; 0: none but at the end and on a signal
-    keep: int = 2  # newest ones, and besides the best by validation loss among those of a step that was evaluated
+    every: StepsOr0 = 200  # steps; 0: none but at the end and on a signal
+    keep: Steps = 2  # newest ones, and besides the best by validation loss among those of a step that was evaluated
 
 
 @dataclass
 class Logging(Node):
-    every: int = 10  # steps
+    every: Steps = 10  # steps
     progress: bool = True  # a progress bar when the output is a terminal, a line now and then otherwise
     tensorboard: bool = False
 
@@ -218,51 +238,13 @@ def resolve(config: Config) -> Config:
     return config.freeze()
 
 
-POSITIVE = (
-    "model.vocabulary model.width model.layers model.heads model.ffn_width model.expert_every model.top_k "
-    "model.capacity_factor model.eval_capacity_factor model.exchange_buffer model.init_scale model.rope_base "
-    "data.length training.steps training.batch training.accumulation training.max_skipped optimizer.learning_rate "
-    "training.anticipation.spike training.anticipation.steps logging.every evaluation.every checkpoints.keep"
-).split()
-NOT_NEGATIVE = (
-    "model.kv_heads model.head_width model.expert_width model.experts model.group_size model.dense_first "
-    "model.shared_experts training.seed training.watchdog training.anticipation.ahead optimizer.weight_decay "
-    "optimizer.clip_norm optimizer.warmup_steps evaluation.rows checkpoints.every"
-).split()
-MAY_BE_INFINITE = ("model.capacity_factor", "model.eval_capacity_factor", "model.exchange_buffer")
-BELOW_1 = ("model.dropout", "model.expert_dropout")
-ONE_OF = {
-    "model.activation": ("gelu", "geglu", "swiglu"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
-    "model.balance_over": ("group", "device", "batch"),
-}
-
-
-def _check_ranges(config: Config) -> None:
+def _check_ranges(node: Node, prefix: str = "") -> None:
     """What is wrong with a field by itself."""
-    for path, value in _fields(config):
-        if isinstance(value, float) and not math.isfinite(value) and path not in MAY_BE_INFINITE:
-            raise UserError(f"{path} is {value}; it must be a finite number")
-        if path in POSITIVE and not value > 0:
-            raise UserError(f"{path} is {value}; it must be above 0")
-        if path in NOT_NEGATIVE and value < 0:
-            raise UserError(f"{path} is {value}; it must be 0 or above")
-        if path in BELOW_1 and not 0 <= value < 1:
-            raise UserError(f"{path} is {value}; it must be at least 0 and below 1")
-        if path in ONE_OF and value not in ONE_OF[path]:
-            raise UserError(f"{path} is {value!r}{nearest(value, ONE_OF[path])}")
-    if config.training.seed >= 2**31:
-        raise UserError(f"training.seed is {config.training.seed}; it must be below 2^31")
-
-
-def _fields(node: Node, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields by their dotted paths, those of nodes within nodes too."""
     for name, value in vars(node).items():
         if isinstance(value, Node):
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+            _check_ranges(value, f"{prefix}{name}.")
+        elif wrong := fault(node.ranges.get(name), value):
+            raise UserError(f"{prefix}{name} is {value!r}{wrong}")
 
 
 def _check_fit(config: Config) -> None:

@@ -9,12 +9,14 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Bool
 
 from sparse_lm.config import Choice
 from sparse_lm.errors import UserError, nearest_divisor
+from sparse_lm.ranges import Range, Share, Size
 from sparse_lm.registry import create
 
 
@@ -60,9 +62,9 @@ def from_mask(mask: Bool[np.ndarray, "rows columns"], block: int) -> Layout:
 class Pattern:
     """What a config says of a layout. `rows_of` is all that the patterns differ in."""
 
-    block: int = 128  # rows and columns of one block; a TPU needs a multiple of 128
-    density: float = 0.125  # share of the blocks that exist
-    seed: int = 0
+    block: Size = 128  # rows and columns of one block; a TPU needs a multiple of 128
+    density: Annotated[float, Range(above=0, most=1)] = 0.125  # share of the blocks that exist
+    seed: Annotated[int, Range(least=0, most=2**32 - 1)] = 0
 
     def mask(self, rows: int, columns: int) -> Bool[np.ndarray, "rows columns"]:
         """The blocks that exist; the same for the same options. At least max(rows, columns) blocks are needed."""
@@ -125,7 +127,7 @@ class SmallWorld(Banded):
     """The band with each block moved, with probability `rewire`, to a random free row of its column (Watts and Strogatz
     1998, "Collective dynamics of small-world networks"): still mostly local, but a few layers connect everything."""
 
-    rewire: float = 0.2
+    rewire: Share = 0.2
 
     def rows_of(self, column, count, mask, random):
         chosen = super().rows_of(column, count, mask, random)
@@ -169,16 +171,10 @@ def layout(choice: Choice, width_in: int, width_out: int, what: str) -> Layout:
     """
     pattern = create(what, LAYOUTS, choice)
     block, density, at = pattern.block, pattern.density, f"{what}.options"
-    if block < 1 or width_in % block or width_out % block:
+    if width_in % block or width_out % block:
         fit = nearest_divisor(block, width_in, width_out)
         matrix = f"a matrix of {width_in} × {width_out}"
         raise UserError(f"{at}.block is {block}, which does not divide {matrix}; the nearest that does is {fit}")
-    if not 0 < density <= 1:
-        raise UserError(f"{at}.density is {density}; it must be above 0 and at most 1")
-    if not 0 <= pattern.seed < 2**32:
-        raise UserError(f"{at}.seed is {pattern.seed}; it must be at least 0 and below 2^32")
-    if not 0 <= getattr(pattern, "rewire", 0) <= 1:
-        raise UserError(f"{at}.rewire is {pattern.rewire}; it must be at least 0 and at most 1")
     rows, columns = width_in // block, width_out // block
     if (count := pattern.blocks(rows, columns)) < max(rows, columns):
         raise UserError(

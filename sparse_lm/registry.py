@@ -6,6 +6,7 @@ from typing import Any
 
 from sparse_lm.config import Choice
 from sparse_lm.errors import UserError, nearest
+from sparse_lm.ranges import bare, fault
 
 
 def lookup(what: str, table: Mapping[str, Any], name: str) -> Any:
@@ -25,7 +26,9 @@ def create(what: str, table: Mapping[str, Callable], choice: Choice, *args) -> A
         if name not in valid:
             hint = nearest(name, valid) if valid else "; it has none"
             raise UserError(f"{what}.options.{name} is not an option of {choice.name}{hint}")
-        kind = valid[name].annotation
+        kind = bare(valid[name].annotation)
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
             raise UserError(f"{what}.options.{name} is {value!r}; it must be of type {kind.__name__}")
+        if wrong := fault(valid[name].annotation, value):
+            raise UserError(f"{what}.options.{name} is {value!r}{wrong}")
     return make(*args, **options)

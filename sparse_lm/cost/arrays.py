@@ -1,16 +1,14 @@
 """Every parameter array of a model by logical layer, as the modules themselves declare it."""
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
 
-from sparse_lm.config import Mesh, Model
-from sparse_lm.mesh import RULES
+from sparse_lm.config import Model
 from sparse_lm.models import functional
-from sparse_lm.parameter import Axes, is_hidden_matrix, key_names
+from sparse_lm.parameter import Axes, key_names
 
 # The part that an array counts for, by a name in its path; the first that is found. Norms are named by their parent.
 PARTS = ("router", "experts", "shared", "attention", "feed_forward", "embedding", "output")
@@ -42,19 +40,6 @@ class Array:
         shape = self.shape[1:] if self.axes[0] in ("experts", "blocks") else self.shape
         inputs = 1 if self.axes[0] != "heads" else 2
         return math.prod(shape[:inputs]), math.prod(shape[inputs:])
-
-    @property
-    def orthogonalised(self) -> bool:
-        """Whether Muon's update of it is orthogonal."""
-        return is_hidden_matrix(self.axes)
-
-    def on_device(self, mesh: Mesh) -> "Array":
-        """What one device of a mesh, whose sizes are all given, holds of it; a ragged division is rounded up."""
-        shape = (
-            -(-n // math.prod(getattr(mesh, m) for m in RULES[axis]))
-            for axis, n in zip(self.axes, self.shape, strict=True)
-        )
-        return dataclasses.replace(self, shape=tuple(shape))
 
 
 def arrays(model: Model) -> Iterator[Array]:

@@ -16,6 +16,7 @@ from sparse_lm.config import Config, Model
 from sparse_lm.cost.arrays import arrays
 from sparse_lm.models.counting import Part, Setting, elementwise, product
 from sparse_lm.models.functional import abstract_layer
+from sparse_lm.parameter import is_hidden_matrix
 from sparse_lm.registry import lookup
 from sparse_lm.stack import LayerSpec, decoder_stack
 
@@ -87,7 +88,7 @@ def optimizer_flops(config: Config) -> float:
     total = 0.0
     for array in arrays(config.model):
         total += per_parameter * array.size
-        if algorithm == "muon" and array.orthogonalised:
+        if algorithm == "muon" and is_hidden_matrix(array.axes):
             rows, columns = sorted(array.matrix)
             matrices = array.size // (rows * columns)
             # X Xᵀ, its square, and their sum times X

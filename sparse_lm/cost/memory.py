@@ -1,17 +1,22 @@
 """Bytes that hold parameters, gradients and optimizer state, together and on one device.
 
-Parameters, their gradients and the optimizer's state are float32 whatever the model computes in. Activations are not
-counted: they depend on what the compiler keeps, and it is the compiler that reports them.
+They are those of the state that `step` makes. Activations are not counted: they depend on what the compiler keeps, and
+it is the compiler that reports them.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
 
 from sparse_lm.config import Config, Mesh
-from sparse_lm.cost.arrays import Array, arrays
-from sparse_lm.registry import lookup
-
-FLOAT32 = 4  # bytes
-FACTORED_FROM = 128  # entries that both of an array's largest dimensions have where Adafactor factors its moments
+from sparse_lm.mesh import AXES
+from sparse_lm.models import functional
+from sparse_lm.step.fit import check_fit
+from sparse_lm.step.state import with_shardings
+from sparse_lm.step.step import make_recipe
 
 
 @dataclass(frozen=True)
@@ -28,36 +33,20 @@ class Memory:
 
 
 def memory(config: Config, mesh: Mesh | None = None) -> Memory:
-    """Memory of a resolved config's training state in bytes: of all of it once, or of one device's part of a mesh
-    whose sizes are all given.
+    """Memory of a resolved config's training state in bytes, on one device of a mesh whose sizes are all given; by
+    default that of one device alone, which holds everything.
 
-    Raises `UserError` for an unknown optimizer.
+    Raises `UserError` for what can't be trained, `DoesNotFit` where the mesh does not divide the config's sizes.
     """
-    state = lookup("optimizer.algorithm.name", STATE, config.optimizer.algorithm.name)
-    parameters = optimizer = 0
-    for array in arrays(config.model):
-        local = array.on_device(mesh) if mesh else array
-        parameters += local.size
-        optimizer += state(array, local)
-    return Memory(FLOAT32 * parameters, FLOAT32 * parameters, FLOAT32 * optimizer)
+    devices = AbstractMesh(tuple(getattr(mesh or Mesh(data=1), axis) for axis in AXES), AXES)
+    fns = functional(config.model)
+    check_fit(config, devices, fns)
+    optimizer = jax.eval_shape(make_recipe(config, fns).optimizer.init, fns.shapes)
+    parameters = _local_bytes(with_shardings(fns.shapes, fns, devices))
+    return Memory(parameters, parameters, _local_bytes(with_shardings(optimizer, fns, devices)))
 
 
-def _adam(array: Array, local: Array) -> int:
-    return 2 * local.size
-
-
-def _muon(array: Array, local: Array) -> int:
-    return local.size if array.orthogonalised else _adam(array, local)
-
-
-def _adafactor(array: Array, local: Array) -> int:
-    """In the second moment's place its means over each of the two largest dimensions, where both are large enough."""
-    lead = array.axes[0] in ("experts", "blocks")
-    dimensions = sorted(range(lead, len(array.shape)), key=lambda i: array.shape[i])[-2:]
-    if len(dimensions) == 2 and array.shape[dimensions[0]] >= FACTORED_FROM:
-        return sum(local.size // local.shape[i] for i in dimensions)
-    return local.size
-
-
-# From an array and the part of it on a device to the numbers of state that the device keeps for it.
-STATE = {"adamw": _adam, "adafactor": _adafactor, "muon": _muon}
+def _local_bytes(tree: Any) -> int:
+    """Bytes of one device's part of abstract arrays with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

@@ -5,13 +5,16 @@ DeepSeek-AI 2024 (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), with the balanc
 softplus. Shared experts are `model.shared_experts`, fine-grained ones a small `model.expert_width`.
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from sparse_lm import config as configs
-from sparse_lm.errors import UserError, nearest
+from sparse_lm.errors import UserError
+from sparse_lm.ranges import NotNegative, OneOf, Positive, Size
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.losses import load_balancing_loss
@@ -50,16 +53,14 @@ class DeepSeek(LearnedRouter):
         model: configs.Model,
         rngs: nnx.Rngs,
         *,
-        score: str = "sigmoid",
+        score: Annotated[str, OneOf(*LOG_SCORES)] = "sigmoid",
         normalize: bool = True,
-        scale: float = 1.0,
-        groups: int = 1,
-        groups_kept: int = 1,
-        bias_rate: float = 0.001,
-        sequence_loss: float = 0.0001,
+        scale: Positive = 1.0,
+        groups: Size = 1,
+        groups_kept: Size = 1,
+        bias_rate: NotNegative = 0.001,
+        sequence_loss: NotNegative = 0.0001,
     ):
-        if score not in LOG_SCORES:
-            raise UserError(f"model.router.options.score is {score!r}{nearest(score, LOG_SCORES)}")
         _check_groups(model, groups, groups_kept)
         super().__init__(model, rngs)
         self.log_scores, self.normalize, self.scale = LOG_SCORES[score], sum_to_1(model, normalize), scale

@@ -6,6 +6,7 @@ from flax import nnx
 
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
+from sparse_lm.ranges import NotNegative
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.losses import load_balancing_loss
@@ -26,7 +27,7 @@ class GShard(LearnedRouter):
 
     k_experts = False
 
-    def __init__(self, model: configs.Model, rngs: nnx.Rngs, *, balance_loss: float = 0.01):
+    def __init__(self, model: configs.Model, rngs: nnx.Rngs, *, balance_loss: NotNegative = 0.01):
         if model.top_k != 2:
             raise UserError(f"model.top_k is {model.top_k}; the router 'gshard' sends each token to 2 experts")
         super().__init__(model, rngs)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
+from sparse_lm.ranges import NotNegative
 from sparse_lm.routing.choice import ExpertChoice, Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.router import LearnedRouter
@@ -30,7 +31,7 @@ class MixtureOfDepths(LearnedRouter):
     skips_layers = True
     in_generation = "a token passes where its score is above 0"
 
-    def __init__(self, model: configs.Model, rngs: nnx.Rngs, *, predictor_loss: float = 0.01):
+    def __init__(self, model: configs.Model, rngs: nnx.Rngs, *, predictor_loss: NotNegative = 0.01):
         if model.experts != 1 or model.top_k != 1:
             raise UserError(
                 f"model.experts is {model.experts} and model.top_k {model.top_k}; the router 'mixture_of_depths' has "

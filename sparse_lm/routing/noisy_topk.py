@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from sparse_lm import config as configs
+from sparse_lm.ranges import NotNegative
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.losses import by_region
@@ -43,7 +44,9 @@ class NoisyTopK(LearnedRouter):
     Raises `UserError` for one expert per token, whose weight would be 1; the paper has k above 1 too (section 2.1).
     """
 
-    def __init__(self, model: configs.Model, rngs: nnx.Rngs, *, importance_loss: float = 0.1, load_loss: float = 0.1):
+    def __init__(
+        self, model: configs.Model, rngs: nnx.Rngs, *, importance_loss: NotNegative = 0.1, load_loss: NotNegative = 0.1
+    ):
         check_several(model)
         small = dataclasses.replace(model, init_scale=1e-4 * model.init_scale)
         super().__init__(small, rngs)

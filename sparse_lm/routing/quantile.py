@@ -4,13 +4,15 @@ Su 2026 (kexue.fm/archives/11619, "MoE Odyssey 6"), in the form of the Kimi K3 t
 section 2.3.3, equations 13 and 14, appendices C and D). Marin's grug mixtures are balanced by the same idea.
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from sparse_lm import config as configs
-from sparse_lm.errors import UserError
+from sparse_lm.ranges import Positive, Range
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.router import LearnedRouter, gather_chosen, largest_k, sum_to_1, token_choice
@@ -36,12 +38,10 @@ class Quantile(LearnedRouter):
         model: configs.Model,
         rngs: nnx.Rngs,
         *,
-        bins: int = 1000,
+        bins: Annotated[int, Range(least=2, most=2**16)] = 1000,
         normalize: bool = True,
-        scale: float = 1.0,
+        scale: Positive = 1.0,
     ):
-        if bins < 2:
-            raise UserError(f"model.router.options.bins is {bins}; a quantile needs at least 2, and 1000 are usual")
         super().__init__(model, rngs)
         self.bins, self.normalize, self.scale = bins, sum_to_1(model, normalize), scale
 

@@ -1,13 +1,14 @@
 """ReMoE: each expert decides by itself, by the ReLU of its score (Wang et al. 2024, arXiv 2412.14711)."""
 
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sparse_lm import config as configs
-from sparse_lm.errors import UserError
+from sparse_lm.ranges import Range
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.losses import by_region
@@ -41,16 +42,10 @@ class ReMoE(LearnedRouter):
         model: configs.Model,
         rngs: nnx.Rngs,
         *,
-        coefficient: float = 1e-8,
-        multiplier: float = 1.2,
-        bound: float = math.inf,
+        coefficient: Annotated[float, Range(above=0, below=1)] = 1e-8,
+        multiplier: Annotated[float, Range(above=1, below=math.inf)] = 1.2,
+        bound: Annotated[float, Range(least=1)] = math.inf,
     ):
-        if not 0 < coefficient < 1:
-            raise UserError(f"model.router.options.coefficient is {coefficient}; it must be above 0 and below 1")
-        if not 1 < multiplier < math.inf:
-            raise UserError(f"model.router.options.multiplier is {multiplier}; it must be above 1, as 1.2")
-        if not bound >= 1:
-            raise UserError(f"model.router.options.bound is {bound}; it must be 1 or above, inf for no bound")
         super().__init__(model, rngs)
         self.coefficient, self.multiplier = coefficient, multiplier
         self.most = math.ceil(min(model.experts, bound * model.top_k))

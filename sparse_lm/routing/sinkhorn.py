@@ -1,12 +1,14 @@
 """Sinkhorn: balanced assignment by Sinkhorn iterations, S-BASE (Clark et al. 2022, arXiv 2202.01169)."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from sparse_lm import config as configs
-from sparse_lm.errors import UserError
+from sparse_lm.ranges import Range
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.router import LearnedRouter, choose_top, gather_chosen, token_choice
@@ -33,9 +35,9 @@ class Sinkhorn(LearnedRouter):
     alone_in_evaluation = True
     in_generation = "each token goes to its top_k best experts"
 
-    def __init__(self, model: configs.Model, rngs: nnx.Rngs, *, iterations: int = 8):
-        if iterations < 1:
-            raise UserError(f"model.router.options.iterations is {iterations}; it must be at least 1")
+    def __init__(
+        self, model: configs.Model, rngs: nnx.Rngs, *, iterations: Annotated[int, Range(least=1, most=1000)] = 8
+    ):
         super().__init__(model, rngs)
         self.iterations = iterations
 

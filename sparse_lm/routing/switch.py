@@ -5,6 +5,7 @@ from flax import nnx
 
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
+from sparse_lm.ranges import NotNegative, Share
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.losses import load_balancing_loss, router_z_loss
@@ -29,9 +30,9 @@ class Switch(LearnedRouter):
         model: configs.Model,
         rngs: nnx.Rngs,
         *,
-        jitter: float = 0.01,
-        balance_loss: float = 0.01,
-        z_loss: float = 0.001,
+        jitter: Share = 0.01,
+        balance_loss: NotNegative = 0.01,
+        z_loss: NotNegative = 0.001,
     ):
         if model.top_k != 1:
             raise UserError(f"model.top_k is {model.top_k}; the router 'switch' sends each token to 1 expert")

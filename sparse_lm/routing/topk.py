@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from sparse_lm import config as configs
+from sparse_lm.ranges import NotNegative, Share
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.losses import load_balancing_loss, router_z_loss
@@ -34,9 +35,9 @@ class TopK(LearnedRouter):
         *,
         normalize: bool = True,
         priority: bool = False,
-        jitter: float = 0.0,
-        balance_loss: float = 0.01,
-        z_loss: float = 0.001,
+        jitter: Share = 0.0,
+        balance_loss: NotNegative = 0.01,
+        z_loss: NotNegative = 0.001,
     ):
         super().__init__(model, rngs)
         self.normalize, self.priority, self.jitter = sum_to_1(model, normalize), priority, jitter

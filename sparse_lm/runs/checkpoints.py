@@ -39,8 +39,8 @@ class Checkpoints:
 
     Reading changes nothing in the folder. The first save removes what an interrupted one has left, and, after
     `restore`, the steps newer than the one restored: they can't be used, or the run has gone back behind them.
-    Every process calls the same methods in the same order. From the moment that `lost` says why the folder is another's,
-    nothing in it is deleted.
+    Every process calls the same methods in the same order. Once `lost` says why the folder is another's, nothing in it
+    is deleted.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 2, schema: int = 1, lost: Callable[[], str] = lambda: ""):

@@ -42,11 +42,11 @@ def build(config: configs.Config, mesh: Mesh) -> Build:
     something that does not exist or does not fit together.
     """
     fns = functional(config.model)
-    check_fit(config, mesh, fns)
+    check_fit(config, mesh, fns, mesh.devices.flat[0].platform)
     recipe, seed = make_recipe(config, fns), np.int32(config.training.seed)
     batch = step_batch = _abstract_batch(config, mesh)
     init = functools.partial(init_state, recipe, batch=batch)
-    state = with_shardings(jax.eval_shape(init, seed), fns.axes, mesh)
+    state = with_shardings(jax.eval_shape(init, seed), fns, mesh)
     if recipe.ahead:
         step_batch = batch | {anticipation.AHEAD: batch}
         state = state._replace(anticipation=anticipation.with_sharding(state.anticipation, mesh))

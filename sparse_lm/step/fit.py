@@ -3,7 +3,7 @@
 import math
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from sparse_lm.config import Config
 from sparse_lm.errors import DoesNotFit, UserError
@@ -24,9 +24,9 @@ FIELDS = {
 }
 
 
-def check_fit(config: Config, mesh: Mesh, functional: Functional) -> None:
-    """Raises `DoesNotFit` for a size that an axis of the mesh does not divide, and `UserError` for blocks that its
-    devices can't tile and for groups that are no rows where whole layers are skipped."""
+def check_fit(config: Config, mesh: Mesh | AbstractMesh, functional: Functional, platform: str = "cpu") -> None:
+    """Raises `DoesNotFit` for a size that an axis of the mesh does not divide, and `UserError` for blocks that the
+    platform can't tile and for groups that are no rows where whole layers are skipped."""
     model, rows = config.model, config.training.batch // config.training.accumulation
     if model.experts and router_of(model).skips_layers and model.group_size != config.data.length:
         raise UserError(
@@ -44,7 +44,7 @@ def check_fit(config: Config, mesh: Mesh, functional: Functional) -> None:
             near = max(parts, round(size / parts) * parts)
             across = " × ".join(f"mesh.{m}={mesh.shape[m]}" for m in RULES[axis])
             raise DoesNotFit(f"{name} is {size}, which {across} does not divide; the nearest that would do is {near}")
-    if model.layout.name != "dense" and mesh.devices.flat[0].platform == "tpu":
+    if model.layout.name != "dense" and platform == "tpu":
         block = next(size for axis, _, size in sizes if axis == "block_in")
         check_tpu_block(block, (model.width, model.expert_width), "model.layout.options.block")
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from optax import contrib
 
 from sparse_lm import config as configs
 from sparse_lm.parameter import Axes, is_hidden_matrix
+from sparse_lm.ranges import Positive, Probability, Range, Size
 from sparse_lm.registry import create
 
 _is_axes = lambda value: isinstance(value, tuple)
@@ -57,13 +58,20 @@ class Pair:
         self.values = values
 
 
-def adamw(axes: dict, *, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8) -> optax.GradientTransformation:
+def adamw(
+    axes: dict, *, b1: Probability = 0.9, b2: Probability = 0.95, eps: Positive = 1e-8
+) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101); the decay is added by `make`."""
     return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
 
 def adafactor(
-    axes: dict, *, decay_rate: float = 0.8, clip: float = 1.0, parameter_scale: bool = True, smallest: int = 128
+    axes: dict,
+    *,
+    decay_rate: Annotated[float, Range(above=0, most=1)] = 0.8,
+    clip: Positive = 1.0,
+    parameter_scale: bool = True,
+    smallest: Size = 128,
 ) -> optax.GradientTransformation:
     """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235): second moments factored into rows and columns where both
     have at least `smallest` entries, the update of each matrix clipped to a root mean square of `clip`, and with
@@ -78,7 +86,7 @@ def adafactor(
 
 
 def muon(
-    axes: dict, *, beta: float = 0.95, rms: float = 0.2, b1: float = 0.9, b2: float = 0.95
+    axes: dict, *, beta: Probability = 0.95, rms: Positive = 0.2, b1: Probability = 0.9, b2: Probability = 0.95
 ) -> optax.GradientTransformation:
     """Muon (Jordan 2024) for the matrices of attention, feed-forward and experts; Adam for embedding, router and norms.
 

@@ -7,39 +7,34 @@ import optax
 
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
+from sparse_lm.ranges import Share
 from sparse_lm.registry import create
 
 
-def cosine(peak: float, warmup: int, steps: int, *, final: float = 0.1) -> optax.Schedule:
+def cosine(peak: float, warmup: int, steps: int, *, final: Share = 0.1) -> optax.Schedule:
     """Down to `final` times the peak along half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983)."""
-    return optax.cosine_decay_schedule(peak, max(steps - warmup, 1), _share("final", final))
+    return optax.cosine_decay_schedule(peak, max(steps - warmup, 1), final)
 
 
-def rsqrt(peak: float, warmup: int, steps: int, *, cooldown: float = 0.0) -> optax.Schedule:
+def rsqrt(peak: float, warmup: int, steps: int, *, cooldown: Share = 0.0) -> optax.Schedule:
     """Down by the inverse square root of the step, as T5 and Switch; linearly to 0 over the last share `cooldown`."""
     falling = lambda count: peak * jnp.sqrt(max(warmup, 1) / (count + max(warmup, 1)))
-    if not _share("cooldown", cooldown):
+    if not cooldown:
         return falling
     end = _last(1.0, 0.0, cooldown, warmup, steps)
     return lambda count: falling(count) * end(count)
 
 
-def wsd(peak: float, warmup: int, steps: int, *, decay: float = 0.2, final: float = 0.0) -> optax.Schedule:
+def wsd(peak: float, warmup: int, steps: int, *, decay: Share = 0.2, final: Share = 0.0) -> optax.Schedule:
     """Warm-up–stable–decay: at the peak, then linearly to `final` of it over the last share `decay` of the steps
     (Hu et al. 2024, arXiv 2404.06395)."""
-    return _last(peak, peak * _share("final", final), _share("decay", decay), warmup, steps)
+    return _last(peak, peak * final, decay, warmup, steps)
 
 
 def _last(start: float, end: float, share: float, warmup: int, steps: int) -> optax.Schedule:
     """Linear over the last share of the steps, at most those after the warm-up, from which counts begin."""
     length = min(max(round(share * steps), 1), steps - warmup)
     return optax.linear_schedule(start, end, length, steps - warmup - length)
-
-
-def _share(name: str, value: float) -> float:
-    if not 0 <= value <= 1:
-        raise UserError(f"optimizer.schedule.options.{name} is {value}; it is a share, from 0 to 1")
-    return value
 
 
 def constant(peak: float, warmup: int, steps: int) -> optax.Schedule:

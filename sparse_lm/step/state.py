@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sparse_lm.mesh import sharding
+from sparse_lm.models import Functional
 from sparse_lm.parameter import Axes, key_names
 from sparse_lm.step.anticipation import Anticipation
 
@@ -36,12 +37,12 @@ def add_tokens(tokens: jax.Array, more: jax.Array) -> jax.Array:
     return jax.numpy.stack([millions + rest // 10**6, rest % 10**6])
 
 
-def with_shardings(state: TrainState, axes: dict, mesh: Mesh) -> TrainState:
-    """The abstract state with shardings: each parameter by its axes, each array of the optimizer by those of its
-    parameter, all else whole on every device."""
+def with_shardings(state: Any, functional: Functional, mesh: Mesh | AbstractMesh) -> Any:
+    """An abstract state, or a part of one, with shardings: each parameter by its axes, each array of the optimizer by
+    those of its parameter, all else whole on every device."""
     is_axes = lambda a: isinstance(a, tuple)
-    named = {key_names(path): value for path, value in jax.tree.leaves_with_path(axes, is_leaf=is_axes)}
-    shapes = {key_names(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(state.parameters)}
+    named = {key_names(path): axes for path, axes in jax.tree.leaves_with_path(functional.axes, is_leaf=is_axes)}
+    shapes = {key_names(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(functional.shapes)}
 
     def place(path, leaf):
         keys = key_names(path)

@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from sparse_lm import config as configs
 from sparse_lm import cost
 from sparse_lm.cost.arrays import arrays
-from sparse_lm.errors import UserError
+from sparse_lm.errors import DoesNotFit, UserError
 from sparse_lm.mesh import AXES, RULES
 from sparse_lm.models import functional
 from sparse_lm.step.optimizer import make_optimizer
@@ -19,23 +19,16 @@ def make(algorithm="adamw", **model):
     return configs.resolve(configs.Config(model=configs.Model(**sizes), optimizer=optimizer))
 
 
-def held(state):
-    """Bytes of the moments, without counters, coefficients and the placeholders of one number that optax has too."""
-    moments = lambda path: str(path[-1]) not in (".count", ".ns_coeffs") and ".ns_coeffs" not in map(str, path)
-    leaves = [leaf for path, leaf in jax.tree.leaves_with_path(state) if moments(path)]
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.shape[-1:] not in ((), (1,)))
-
-
 @pytest.mark.parametrize("algorithm", ["adamw", "adafactor", "muon"])
 @pytest.mark.parametrize("model", [{}, {"experts": 0, "activation": "geglu"}, {"dense_first": 2, "head_width": 128}])
 def test_bytes_are_those_of_the_real_state(algorithm, model):
     config = make(algorithm, **model)
     fns = functional(config.model)
-    parameters = jax.eval_shape(fns.init, jax.random.key(0))
-    state = jax.eval_shape(make_optimizer(config, fns.axes).init, parameters)
+    parameters = fns.init(jax.random.key(0))
+    bytes_of = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     counted = cost.memory(config)
-    assert counted.parameters == counted.gradients == 4 * sum(leaf.size for leaf in jax.tree.leaves(parameters))
-    assert counted.optimizer == held(state)
+    assert counted.parameters == counted.gradients == bytes_of(parameters)
+    assert counted.optimizer == bytes_of(make_optimizer(config, fns.axes).init(parameters))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 1, 1), (1, 1, 8, 1), (2, 1, 2, 2), (1, 2, 4, 2)])
@@ -45,7 +38,13 @@ def test_a_device_holds_its_shard(sizes):
     for array in arrays(config.model):
         spec = PartitionSpec(*(RULES[axis] or None for axis in array.axes))
         local += math.prod(NamedSharding(mesh, spec).shard_shape(array.shape))
-    assert cost.memory(config, configs.Mesh(*sizes)).parameters == 4 * local
+    counted = cost.memory(config, configs.Mesh(*sizes))
+    assert counted.parameters == 4 * local and 0 <= counted.optimizer - 8 * local < 100
+
+
+def test_a_mesh_that_does_not_divide_the_sizes_is_refused():
+    with pytest.raises(DoesNotFit, match="model.experts is 8, which mesh.expert=3 does not divide"):
+        cost.memory(make(), configs.Mesh(data=1, expert=3))
 
 
 def test_an_unknown_optimizer_is_named():
