@@ -21,8 +21,8 @@ class Mutant(NamedTuple):
 MUTANTS = {
     "level of the interval in a verdict": Mutant(
         "scaling/statistics.py",
-        "(bounds := interval(differences))",
-        "(bounds := interval(differences, 0.8))",
+        "(bounds := confidence_interval(differences))",
+        "(bounds := confidence_interval(differences, 0.8))",
         "scaling",
     ),
     "dropped share without its denominator": Mutant(

@@ -17,7 +17,7 @@ PARTS = ("router", "experts", "shared", "attention", "feed_forward", "embedding"
 
 
 @dataclass(frozen=True)
-class Array:
+class ParameterArray:
     """One parameter array of one layer (None: outside the layers)."""
 
     layer: int | None
@@ -57,19 +57,19 @@ class Array:
         return dataclasses.replace(self, shape=tuple(shape))
 
 
-def arrays(model: Model) -> Iterator[Array]:
+def parameter_arrays(model: Model) -> Iterator[ParameterArray]:
     """The arrays of a resolved model, those of each layer together."""
     fns = functional(model)
-    axes = dict(_leaves(fns.axes, is_leaf=lambda a: isinstance(a, tuple)))
-    for path, leaf in _leaves(fns.shapes):
+    axes = dict(_named_leaves(fns.axes, is_leaf=lambda a: isinstance(a, tuple)))
+    for path, leaf in _named_leaves(fns.shapes):
         if path[0] not in ("prefix", "period"):
-            yield Array(None, path, axes[path], leaf.shape)
+            yield ParameterArray(None, path, axes[path], leaf.shape)
             continue
         part, place, *inside = path
         stacked = part == "period"
-        for layer in fns.stack.numbers(part, place):
-            yield Array(layer, tuple(inside), axes[path][stacked:], leaf.shape[stacked:])
+        for layer in fns.stack.layer_numbers(part, place):
+            yield ParameterArray(layer, tuple(inside), axes[path][stacked:], leaf.shape[stacked:])
 
 
-def _leaves(tree, **options) -> list[tuple[tuple, object]]:
+def _named_leaves(tree, **options) -> list[tuple[tuple, object]]:
     return [(key_names(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree, **options)]

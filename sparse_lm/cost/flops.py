@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparse_lm.config import Config, Model
-from sparse_lm.cost.arrays import arrays
+from sparse_lm.cost.arrays import parameter_arrays
 from sparse_lm.models.counting import Part, Setting, elementwise, product
 from sparse_lm.models.functional import abstract_layer
 from sparse_lm.registry import lookup
@@ -24,7 +24,7 @@ LOGIT = (3, 1)
 OUTER_WIDTH = (9, 15)  # embedding and last norm
 
 # Per parameter and step: gradient norm and clipping, moments, weight decay, and keeping the old value if not finite.
-OPTIMIZER = {"adamw": 34, "adafactor": 31, "muon": 34}
+OPTIMIZER_FLOPS = {"adamw": 34, "adafactor": 31, "muon": 34}
 NEWTON_SCHULZ_STEPS = 5
 
 
@@ -58,14 +58,14 @@ class Flops:
         return sum(part.training for part in self.parts)
 
 
-def flops(model: Model, length: int, platform: str = "cpu") -> Flops:
+def count_flops(model: Model, length: int, platform: str = "cpu") -> Flops:
     """FLOPs per token of a resolved model on rows of `length` tokens.
 
     platform: cpu, gpu or tpu, where `auto` has its executor; it makes a difference to executed FLOPs alone.
 
     Raises `UserError` for an unknown executor.
     """
-    return Flops(tuple(_parts(model, Setting(length, platform, model.remat))))
+    return Flops(tuple(_count_parts(model, Setting(length, platform, model.remat))))
 
 
 def layer_flops(model: Model, spec: LayerSpec, setting: Setting) -> list[Part]:
@@ -77,15 +77,15 @@ def step_flops(config: Config, platform: str) -> float:
     """Executed FLOPs of one training step of a resolved config over all devices of a platform, the optimizer's
     included."""
     tokens = config.training.batch * config.data.length
-    return tokens * flops(config.model, config.data.length, platform).executed_training + optimizer_flops(config)
+    return tokens * count_flops(config.model, config.data.length, platform).executed_training + optimizer_flops(config)
 
 
 def optimizer_flops(config: Config) -> float:
     """FLOPs of one optimizer step; Muon's are mostly the matrix products of the Newton–Schulz iteration."""
     algorithm = config.optimizer.algorithm.name
-    per_parameter = lookup("optimizer.algorithm.name", OPTIMIZER, algorithm)
+    per_parameter = lookup("optimizer.algorithm.name", OPTIMIZER_FLOPS, algorithm)
     total = 0.0
-    for array in arrays(config.model):
+    for array in parameter_arrays(config.model):
         total += per_parameter * array.size
         if algorithm == "muon" and array.orthogonalised:
             rows, columns = sorted(array.matrix)
@@ -95,7 +95,7 @@ def optimizer_flops(config: Config) -> float:
     return total
 
 
-def _parts(model: Model, setting: Setting) -> Iterator[Part]:
+def _count_parts(model: Model, setting: Setting) -> Iterator[Part]:
     stack, counted = decoder_stack(model), []
     # A layer of the prefix, and a period, are computed again as a whole, and do not need their last product again.
     places = [(spec, True) for spec in stack.prefix]

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from sparse_lm.config import Config, Mesh, Model
-from sparse_lm.cost.flops import Flops, flops
-from sparse_lm.cost.memory import memory
-from sparse_lm.cost.parameters import Parameters, parameters
+from sparse_lm.cost.flops import Flops, count_flops
+from sparse_lm.cost.memory import compute_memory
+from sparse_lm.cost.parameters import Parameters, count_parameters
 from sparse_lm.experts.auto import executor_name
 from sparse_lm.models.expert_layer import router_of
 from sparse_lm.stack import decoder_stack
@@ -13,7 +13,7 @@ from sparse_lm.stack import decoder_stack
 PLATFORM = "cpu"  # where executed FLOPs are counted for
 
 
-def human(value: float, unit: str = "") -> str:
+def format_quantity(value: float, unit: str = "") -> str:
     """Three digits with a prefix: 1.57 T, 223 M; a number without a unit has B for 10⁹, one with a unit G (12.3 GB)."""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * size:
@@ -22,7 +22,7 @@ def human(value: float, unit: str = "") -> str:
     return f"{value:.0f} {unit}".rstrip()
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
+def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, the first aligned to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
@@ -35,27 +35,30 @@ def info_table(config: Config) -> str:
     A mesh axis of -1 counts as 1: how many devices there will be, a config does not say.
     """
     model, length = config.model, config.data.length
-    counted, cost = parameters(model), flops(model, length, PLATFORM)
+    counted, cost = count_parameters(model), count_flops(model, length, PLATFORM)
     sizes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")}
     mesh = Mesh(**{axis: max(size, 1) for axis, size in sizes.items()})
     return "\n\n".join(
         (
-            f"{config.name or 'model'}: {human(counted.total)} parameters, {human(counted.active)} active per token",
-            _flops(cost, model, length),
-            _memory(config, mesh),
-            _layers(model, counted, cost),
+            f"{config.name or 'model'}: {format_quantity(counted.total)} parameters, "
+            f"{format_quantity(counted.active)} active per token",
+            _flops_table(cost, model, length),
+            _memory_table(config, mesh),
+            _layers_table(model, counted, cost),
         )
     )
 
 
-def _flops(cost: Flops, model: Model, length: int) -> str:
+def _flops_table(cost: Flops, model: Model, length: int) -> str:
     rows = [
         ("FLOPs per token", "forward", "training"),
-        ("model", human(cost.forward, "FLOP"), human(cost.training, "FLOP")),
-        ("executed", human(cost.executed_forward, "FLOP"), human(cost.executed_training, "FLOP")),
+        ("model", format_quantity(cost.forward, "FLOP"), format_quantity(cost.training, "FLOP")),
+        ("executed", format_quantity(cost.executed_forward, "FLOP"), format_quantity(cost.executed_training, "FLOP")),
     ]
     if model.experts:
-        rows.insert(2, ("  of it the routers", human(cost.router / 3, "FLOP"), human(cost.router, "FLOP")))
+        rows.insert(
+            2, ("  of it the routers", format_quantity(cost.router / 3, "FLOP"), format_quantity(cost.router, "FLOP"))
+        )
     what = ["work per element", f"all {length} keys for each query"]
     if model.experts:
         router = router_of(model)
@@ -67,44 +70,44 @@ def _flops(cost: Flops, model: Model, length: int) -> str:
             what += [f"places at a capacity factor of {factor:g} in groups of {size} tokens"]
         what += ["dispatch and combine masks"] * (name == "einsum")
     what += ["layers computed again in the backward pass"] * (model.remat == "full")
-    return f"{table(rows)}\nexecuted, without the optimizer: {', '.join(what)}"
+    return f"{format_table(rows)}\nexecuted, without the optimizer: {', '.join(what)}"
 
 
-def _memory(config: Config, mesh: Mesh) -> str:
-    whole, local = memory(config), memory(config, mesh)
+def _memory_table(config: Config, mesh: Mesh) -> str:
+    whole, local = compute_memory(config), compute_memory(config, mesh)
     axes = " × ".join(f"{axis} {getattr(mesh, axis)}" for axis in ("data", "fsdp", "expert", "tensor"))
     rows = [("memory, float32", "total", "per device")]
     for part in ("parameters", "gradients", "optimizer", "total"):
         name = f"optimizer ({config.optimizer.algorithm.name})" if part == "optimizer" else part
-        rows.append((name, human(getattr(whole, part), "B"), human(getattr(local, part), "B")))
-    return f"{table(rows)}\nper device on a mesh of {axes}; activations come on top"
+        rows.append((name, format_quantity(getattr(whole, part), "B"), format_quantity(getattr(local, part), "B")))
+    return f"{format_table(rows)}\nper device on a mesh of {axes}; activations come on top"
 
 
-def _layers(model: Model, counted: Parameters, cost: Flops) -> str:
+def _layers_table(model: Model, counted: Parameters, cost: Flops) -> str:
     rows = [("layers", "attention", "feed-forward", "active", "model FLOPs", "executed FLOPs")]
-    rows.append(("embedding", "", "", human(counted.embedding), "0", "0"))
+    rows.append(("embedding", "", "", format_quantity(counted.embedding), "0", "0"))
     alike: dict[str, list[int]] = {}
     for layer, spec in enumerate(decoder_stack(model).layers):
         alike.setdefault(repr(spec), []).append(layer)
     for layers in alike.values():
-        one, parts = parameters(model, layers[0]), [part for part in cost.parts if part.layer == layers[0]]
-        dense = human(one.feed_forward)
+        one, parts = count_parameters(model, layers[0]), [part for part in cost.parts if part.layer == layers[0]]
+        dense = format_quantity(one.feed_forward)
         rows.append(
             (
-                ranges(layers),
-                human(one.attention),
-                f"{model.experts} × {human(one.experts // model.experts)}" if one.experts else dense,
-                human(one.active),
-                human(sum(part.model for part in parts), "FLOP"),
-                human(sum(part.forward for part in parts), "FLOP"),
+                format_ranges(layers),
+                format_quantity(one.attention),
+                f"{model.experts} × {format_quantity(one.experts // model.experts)}" if one.experts else dense,
+                format_quantity(one.active),
+                format_quantity(sum(part.model for part in parts), "FLOP"),
+                format_quantity(sum(part.forward for part in parts), "FLOP"),
             )
         )
-    output = human(2 * model.width * model.vocabulary, "FLOP")
-    rows.append(("output" + " (tied)" * model.tied_embeddings, "", "", human(counted.output), output, output))
-    return f"{table(rows)}\nparameters of one such layer, and its FLOPs per token in the forward pass"
+    output = format_quantity(2 * model.width * model.vocabulary, "FLOP")
+    rows.append(("output" + " (tied)" * model.tied_embeddings, "", "", format_quantity(counted.output), output, output))
+    return f"{format_table(rows)}\nparameters of one such layer, and its FLOPs per token in the forward pass"
 
 
-def ranges(numbers: Sequence[int]) -> str:
+def format_ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers in short: "0–3", "1, 3 … 23", "0–1, 3, 5"."""
     step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
     if list(numbers) == list(range(numbers[0], numbers[-1] + 1, step)) and step > 1 and len(numbers) > 3:

@@ -13,10 +13,10 @@ class Machine(NamedTuple):
     name: str
     bfloat16: float  # FLOP/s of matrix products
     float32: float  # FLOP/s of matrix products of float32 at jax's default precision
-    memory: float  # bytes/s between the device and its own memory
+    bandwidth: float  # bytes/s between the device and its own memory
     source: str
 
-    def products(self, dtype: str) -> float:
+    def peak_flops(self, dtype: str) -> float:
         """FLOP/s of matrix products of float32 or bfloat16."""
         return self.bfloat16 if dtype == "bfloat16" else self.float32
 
@@ -40,6 +40,6 @@ MACHINES: dict[str, Machine] = {
 }
 
 
-def machine(kind: str) -> Machine | None:
+def find_machine(kind: str) -> Machine | None:
     """The machine of a device kind such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None for one not in the table."""
     return next((known for pattern, known in MACHINES.items() if re.search(pattern, kind)), None)

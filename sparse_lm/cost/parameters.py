@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from sparse_lm.config import Model
-from sparse_lm.cost.arrays import arrays
+from sparse_lm.cost.arrays import parameter_arrays
 from sparse_lm.models.expert_layer import experts_per_token
 
 
@@ -31,10 +31,10 @@ class Parameters:
         return self.total - self.experts + self.active_experts
 
 
-def parameters(model: Model, layer: int | None = None) -> Parameters:
+def count_parameters(model: Model, layer: int | None = None) -> Parameters:
     """The parameters of a resolved model, or of one of its layers."""
     counts: dict[str, int] = {}
-    for array in arrays(model):
+    for array in parameter_arrays(model):
         if layer is None or array.layer == layer:
             counts[array.part] = counts.get(array.part, 0) + array.size
     if "experts" in counts:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from sparse_lm.config import Config, Model, choice, resolve
-from sparse_lm.cost.flops import flops
+from sparse_lm.cost.flops import count_flops
 from sparse_lm.errors import UserError
 from sparse_lm.models.counting import Setting
 from sparse_lm.models.expert_layer import router_of
@@ -11,7 +11,7 @@ from sparse_lm.models.functional import abstract_layer
 from sparse_lm.stack import LayerSpec, decoder_stack
 
 
-def twin(config: Config) -> Config:
+def dense_twin(config: Config) -> Config:
     """The same config with a dense feed-forward layer of equal FLOPs per token in each sparse layer's place, resolved.
 
     A token passes K experts of width F, and shared ones, so the dense layer has the width of all of them; everything
@@ -32,17 +32,17 @@ def twin(config: Config) -> Config:
     else:
         sparse = decoder_stack(model).period[-1]
         of_width = lambda width: dataclasses.replace(sparse, feed_forward=choice("dense"), hidden=width)
-        width = round(_needed(model, sparse) / _needed(model, of_width(1)))
-        dense = dataclasses.replace(_all_dense(model), expert_width=width)
+        width = round(_feed_forward_flops(model, sparse) / _feed_forward_flops(model, of_width(1)))
+        dense = dataclasses.replace(_replace_experts(model), expert_width=width)
     return resolve(dataclasses.replace(config, model=dense, name=f"{config.name}-dense"))
 
 
-def _all_dense(model: Model) -> Model:
+def _replace_experts(model: Model) -> Model:
     kinds = {"feed_forward": choice("auto"), "layout": choice("dense")}
     return dataclasses.replace(model, experts=0, top_k=1, shared_experts=0, **kinds)
 
 
-def _needed(model: Model, spec: LayerSpec) -> float:
+def _feed_forward_flops(model: Model, spec: LayerSpec) -> float:
     """Model FLOPs per token of a layer's feed-forward part, without the router's."""
     parts = abstract_layer(model, spec).feed_forward.flops(Setting(length=1))
     return sum(part.model for part in parts if part.name != "router")
@@ -53,9 +53,9 @@ def _without_skipped_layers(model: Model, length: int) -> Model:
     layers = sum(not spec.routed for spec in decoder_stack(model).layers)
     if not layers:
         raise UserError("model.expert_every is 1, so that tokens skip every layer; a dense twin needs 2 or more")
-    passed = dataclasses.replace(_all_dense(model), layers=layers, dense_first=0, expert_every=1)
-    of_width = lambda width: flops(dataclasses.replace(passed, expert_width=width), length).training
-    sparse = flops(model, length)
+    passed = dataclasses.replace(_replace_experts(model), layers=layers, dense_first=0, expert_every=1)
+    of_width = lambda width: count_flops(dataclasses.replace(passed, expert_width=width), length).training
+    sparse = count_flops(model, length)
     # Linear in the width.
     width = round(1 + (sparse.training - sparse.router - of_width(1)) / (of_width(2) - of_width(1)))
     return dataclasses.replace(passed, expert_width=width)

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def temporary(final: epath.Path) -> Iterator[epath.Path]:
+def atomic_path(final: epath.Path) -> Iterator[epath.Path]:
     """A path beside `final` to write to, renamed to it at the end and removed after an error."""
     host = socket.gethostname()
     for left in final.parent.glob(f".{final.name}.{host}.*"):  # by a process that was killed: we hold the lock
@@ -39,7 +39,7 @@ def _remove(path: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: epath.Path) -> Iterator[None]:
+def file_lock(path: epath.Path) -> Iterator[None]:
     """One process of a machine (or of a file system with locks) at a time; elsewhere the first to rename is taken."""
     with open(path, "w") as file:
         try:

@@ -17,7 +17,7 @@ class Reader(Protocol):
 
     name: str  # short, of letters, digits and _
 
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         """Changes whenever the documents change, and is much faster than reading them all."""
 
     def documents(self) -> Iterator[Document]:

@@ -14,12 +14,12 @@ from typing import BinaryIO
 from etils import epath
 
 from sparse_lm.data.documents import Document
-from sparse_lm.errors import UserError, nearest
+from sparse_lm.errors import UserError, suggest
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 # A text file is one document up to here. A longer one is cut, at the first blank line after PIECE bytes or the first
 # line end after twice as many, so that a single book still has a validation split.
-PIECE = 16 << 10
+PIECE_BYTES = 16 << 10
 
 
 @dataclass
@@ -34,10 +34,10 @@ class Folder:
         self.root = epath.Path(self.path).expanduser()
         self.name = re.sub(r"\W+", "_", self.root.name, flags=re.ASCII).strip("_") or "folder"
 
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         files = self._files()
         with ThreadPoolExecutor(8) as pool:
-            hashes = list(pool.map(_content_hash, files))
+            hashes = list(pool.map(_hash_content, files))
         names = [str(path.relative_to(self.root)) for path in files]
         return hashlib.sha256(json.dumps([self.field, self.heldout, names, hashes]).encode()).hexdigest()
 
@@ -49,7 +49,7 @@ class Folder:
             with path.open("rb") as raw:
                 file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
                 lines = path.name.removesuffix(".gz").endswith(".jsonl")
-                texts = self._lines(path, file) if lines else _pieces(path, file)
+                texts = self._lines(path, file) if lines else _read_pieces(path, file)
                 try:
                     yield from (Document(text, kind, domain) for text in texts)
                 except (gzip.BadGzipFile, EOFError, zlib.error) as e:
@@ -59,12 +59,12 @@ class Folder:
         if not self.root.is_dir():
             what = "is a file, not a folder; name the folder it is in" if self.root.exists() else "does not exist"
             raise UserError(f"data source folder:{self.path}: {self.root} {what}")
-        files = sorted(path for path in _visible(self.root) if path.name.removesuffix(".gz").endswith(SUFFIXES))
+        files = sorted(path for path in _walk_visible(self.root) if path.name.removesuffix(".gz").endswith(SUFFIXES))
         if not files:
             raise UserError(f"data source folder:{self.path}: no {', '.join(SUFFIXES)} files in it, plain or .gz")
         domains = {path.relative_to(self.root).parts[0] for path in files if path.parent != self.root}
         if self.heldout != "heldout" and self.heldout not in domains:
-            near = nearest(self.heldout, domains) if domains else "; it has no sub-folders with text"
+            near = suggest(self.heldout, domains) if domains else "; it has no sub-folders with text"
             raise UserError(f"data source folder:{self.path}: no sub-folder {self.heldout!r} to hold out{near}")
         return files
 
@@ -83,7 +83,7 @@ class Folder:
                 raise UserError(f"{where}: a JSON object was expected, this is a {type(record).__name__}")
             if self.field not in record:
                 raise UserError(
-                    f"{where}: no field {self.field!r}{nearest(self.field, record)} (set it with ?field=NAME)"
+                    f"{where}: no field {self.field!r}{suggest(self.field, record)} (set it with ?field=NAME)"
                 )
             if not isinstance(text := record[self.field], str):
                 raise UserError(f"{where}: field {self.field!r} is a {type(text).__name__}, not a text")
@@ -91,16 +91,16 @@ class Folder:
             yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _visible(folder: epath.Path) -> Iterable[epath.Path]:
+def _walk_visible(folder: epath.Path) -> Iterable[epath.Path]:
     for path in folder.iterdir():
         if not path.name.startswith("."):
             if path.is_dir():
-                yield from _visible(path)
+                yield from _walk_visible(path)
             else:
                 yield path
 
 
-def _content_hash(path: epath.Path) -> str:
+def _hash_content(path: epath.Path) -> str:
     try:
         with path.open("rb") as file:
             digest = hashlib.sha256()
@@ -111,12 +111,12 @@ def _content_hash(path: epath.Path) -> str:
     return digest.hexdigest()
 
 
-def _pieces(path: epath.Path, file: BinaryIO) -> Iterator[str]:
+def _read_pieces(path: epath.Path, file: BinaryIO) -> Iterator[str]:
     """The file's text, whole or cut; nothing is lost and nothing is decoded twice."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     piece, size, offset = [], 0, 0
     while True:
-        line = file.readline(PIECE)
+        line = file.readline(PIECE_BYTES)
         pending = len(decoder.getstate()[0])
         try:
             piece.append(decoder.decode(line, final=not line))
@@ -127,7 +127,7 @@ def _pieces(path: epath.Path, file: BinaryIO) -> Iterator[str]:
             piece[0] = piece[0].removeprefix("\ufeff")
         offset += len(line)
         size += len(line)
-        if not line or (size >= PIECE and not line.strip()) or (size >= 2 * PIECE):
+        if not line or (size >= PIECE_BYTES and not line.strip()) or (size >= 2 * PIECE_BYTES):
             if text := "".join(piece):
                 yield text
             piece, size = [], 0

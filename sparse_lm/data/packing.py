@@ -30,7 +30,7 @@ class Packer:
             column[0, 0], column[0, 1:] = self.end, ids
             column[1, :-1], column[1, -1] = ids, self.end
             column[2] = self.documents
-            column[3, :-1] = _spread(self.byte_lengths[ids], size)
+            column[3, :-1] = _spread_bytes(self.byte_lengths[ids], size)
             columns.append(column)
         stream = np.concatenate(columns, axis=1)
         full = stream.shape[1] // self.length * self.length
@@ -56,7 +56,7 @@ class Packer:
         return [{"tokens": t, "segments": s, "bytes": b} for t, s, b in zip(tokens, segments, sizes, strict=True)]
 
 
-def _spread(lengths: np.ndarray, size: int) -> np.ndarray:
+def _spread_bytes(lengths: np.ndarray, size: int) -> np.ndarray:
     """The bytes of each token, summing up to the text's `size` also where the tokenizer has normalised the text."""
     ends = np.cumsum(lengths)
     if not len(ends) or ends[-1] == size:
@@ -65,7 +65,7 @@ def _spread(lengths: np.ndarray, size: int) -> np.ndarray:
     return np.diff(ends.astype(np.int64), prepend=0)
 
 
-def unpack(tokens: np.ndarray, segments: np.ndarray) -> Row:
+def unpack_rows(tokens: np.ndarray, segments: np.ndarray) -> Row:
     """`inputs`, `targets`, `segments` and `positions`, int32 [B, L], of stored tokens [B, L + 1] and segments [B, L].
 
     Positions count from 0 in every piece of a document, also in one that goes on from the row before. All four are 0

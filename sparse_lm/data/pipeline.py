@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import jax
 import numpy as np
 
-from sparse_lm.data.packing import unpack
+from sparse_lm.data.packing import unpack_rows
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ class Batches:
         for i in range(min(stop - start, max(0, len(self._rows) - first))):
             row = self._rows[first + i]
             tokens[i], segments[i], sizes[i] = row["tokens"], row["segments"], row["bytes"]
-        return unpack(tokens, segments) | {"bytes": sizes}
+        return unpack_rows(tokens, segments) | {"bytes": sizes}
 
 
 def device_batch(batches: Batches, step: int, batch: int, sharding: jax.sharding.NamedSharding) -> dict[str, jax.Array]:

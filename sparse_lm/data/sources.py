@@ -8,7 +8,7 @@ from sparse_lm.data.documents import Reader
 from sparse_lm.data.folder import Folder
 from sparse_lm.data.standard_library import StandardLibrary
 from sparse_lm.data.tfds_set import TfdsSet
-from sparse_lm.errors import UserError, nearest
+from sparse_lm.errors import UserError, suggest
 
 # Kinds of source: the reader and the options it takes.
 KINDS = {
@@ -28,7 +28,7 @@ class Source:
     max_epochs: int = 0  # how often training may see each row at most; 0: no limit
 
 
-def parse(specs: tuple[str, ...]) -> list[Source]:
+def parse_sources(specs: tuple[str, ...]) -> list[Source]:
     """The sources named by `stdlib`, `folder:PATH` and `tfds:NAME`, with options as in a URL's query.
 
     Raises:
@@ -38,7 +38,7 @@ def parse(specs: tuple[str, ...]) -> list[Source]:
         raise UserError("data.sources is empty; the standard library's source text is 'stdlib'")
     sources = []
     for spec in specs:
-        source = _parse_one(spec)
+        source = _parse_source(spec)
         taken = {other.name for other in sources}
         name, n = source.name, 2
         while name in taken:
@@ -47,13 +47,13 @@ def parse(specs: tuple[str, ...]) -> list[Source]:
     return sources
 
 
-def _parse_one(spec: str) -> Source:
+def _parse_source(spec: str) -> Source:
     where, _, query = spec.partition("?")
     kind, _, path = where.partition(":")
     if kind not in KINDS:
         if "/" in where:
             raise UserError(f"data source {spec!r}: a folder is written folder:{where}")
-        raise UserError(f"data source {spec!r}: unknown kind {kind!r}{nearest(kind, KINDS)}")
+        raise UserError(f"data source {spec!r}: unknown kind {kind!r}{suggest(kind, KINDS)}")
     make, names = KINDS[kind]
     if bool(path) == (kind == "stdlib"):
         form = {"stdlib": "stdlib", "folder": "folder:PATH", "tfds": "tfds:NAME"}[kind]
@@ -63,19 +63,19 @@ def _parse_one(spec: str) -> Source:
         name, _, value = pair.partition("=")
         if name not in (*names, "weight", "max_epochs"):
             raise UserError(
-                f"data source {spec!r}: unknown option {name!r}{nearest(name, (*names, 'weight', 'max_epochs'))}"
+                f"data source {spec!r}: unknown option {name!r}{suggest(name, (*names, 'weight', 'max_epochs'))}"
             )
         if not value:
             raise UserError(f"data source {spec!r}: {name} has no value; write {name}=…")
         options[name] = unquote(value)
-    weight = _number(spec, "weight", options.pop("weight", "1"), float)
+    weight = _parse_positive(spec, "weight", options.pop("weight", "1"), float)
     repeats = options.pop("max_epochs", "")
-    max_epochs = _number(spec, "max_epochs", repeats, int) if repeats else 0
+    max_epochs = _parse_positive(spec, "max_epochs", repeats, int) if repeats else 0
     reader = make(path, **options) if path else make()
     return Source(reader.name, reader, weight, max_epochs)
 
 
-def _number(spec: str, name: str, value: str, kind: type) -> float:
+def _parse_positive(spec: str, name: str, value: str, kind: type) -> float:
     try:
         number = kind(value)
     except ValueError:

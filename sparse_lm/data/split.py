@@ -15,7 +15,7 @@ from sparse_lm.errors import UserError
 KINDS = ("heldout_domain", "test", "validation", "train")
 TRAIN = KINDS.index("train")
 SHARES = {"validation": 1, "test": 1, "train": 18}  # of 20, by the document's hash
-SAMPLE = 20_000_000  # bytes of training text that a tokenizer is trained on
+SAMPLE_BYTES = 20_000_000  # bytes of training text that a tokenizer is trained on
 
 
 @dataclass
@@ -36,14 +36,14 @@ class Survey:
     sample: list[str]  # training text for a tokenizer
 
 
-def survey(sources: list[Source], progress: bool) -> Survey:
+def survey_sources(sources: list[Source], progress: bool) -> Survey:
     """Reads every document once.
 
     Raises:
       UserError: a source without text, or with too few documents to have a split of each kind.
     """
     weights = sum(source.weight for source in sources)
-    read = [_Documents(int(SAMPLE * source.weight / weights)) for source in sources]
+    read = [_DocumentTable(int(SAMPLE_BYTES * source.weight / weights)) for source in sources]
     with tqdm(desc="reading text", unit="B", unit_scale=True, leave=False, disable=None if progress else True) as bar:
         for source, documents in zip(sources, read, strict=True):
             for document in source.reader.documents():
@@ -51,10 +51,10 @@ def survey(sources: list[Source], progress: bool) -> Survey:
 
     hashes = [np.array(documents.hashes, np.uint64) for documents in read]
     kinds = [np.array(documents.kinds, np.int32) for documents in read]
-    kept = _first_ones(hashes, kinds)
+    kept = _mark_first_copies(hashes, kinds)
     parts, assigned = [], []
     for s, source in enumerate(sources):
-        _fill_splits(source, hashes[s], kinds[s], kept[s], read[s].drawn)
+        _fill_empty_splits(source, hashes[s], kinds[s], kept[s], read[s].drawn)
         place = np.full(len(kinds[s]), -1, np.int32)
         by_domain = np.where(kinds[s] == KINDS.index("validation"), read[s].domains, 0)
         for kind, domain in sorted({*zip(kinds[s][kept[s]].tolist(), by_domain[kept[s]].tolist(), strict=True)}):
@@ -72,7 +72,7 @@ def survey(sources: list[Source], progress: bool) -> Survey:
     return Survey(parts, assigned, sample)
 
 
-class _Documents:
+class _DocumentTable:
     """What is kept of a source's documents: hashes, kinds, domains, and a sample of about `budget` bytes of text."""
 
     def __init__(self, budget: int):
@@ -88,7 +88,7 @@ class _Documents:
         if document.domain not in self.domain_names:
             self.domain_names.append(document.domain)
         self.drawn |= not document.kind
-        kind = KINDS.index(document.kind or _drawn(value)) if document.text.strip() else -1
+        kind = KINDS.index(document.kind or _draw_split(value)) if document.text.strip() else -1
         self.hashes.append(value)
         self.kinds.append(kind)
         self.domains.append(self.domain_names.index(document.domain))
@@ -110,7 +110,7 @@ class _Documents:
         return chosen
 
 
-def _drawn(value: int) -> str:
+def _draw_split(value: int) -> str:
     place = value % sum(SHARES.values())
     for kind, share in SHARES.items():
         if place < share:
@@ -118,7 +118,7 @@ def _drawn(value: int) -> str:
         place -= share
 
 
-def _first_ones(hashes: list[np.ndarray], kinds: list[np.ndarray]) -> list[np.ndarray]:
+def _mark_first_copies(hashes: list[np.ndarray], kinds: list[np.ndarray]) -> list[np.ndarray]:
     """For each source a mask of the documents that are neither empty nor a copy of one given away before."""
     every, kind = np.concatenate(hashes), np.concatenate(kinds)
     order = np.argsort(kind, kind="stable")
@@ -129,7 +129,7 @@ def _first_ones(hashes: list[np.ndarray], kinds: list[np.ndarray]) -> list[np.nd
     return np.split(mask, np.cumsum([len(h) for h in hashes])[:-1])
 
 
-def _fill_splits(source: Source, hashes: np.ndarray, kinds: np.ndarray, kept: np.ndarray, drawn: bool) -> None:
+def _fill_empty_splits(source: Source, hashes: np.ndarray, kinds: np.ndarray, kept: np.ndarray, drawn: bool) -> None:
     """Gives a source too small for chance one validation and one test document: its training texts of least hash."""
     if not kept.any():
         raise UserError(f"data source {source.name}: the corpus is empty, no document has text of its own")

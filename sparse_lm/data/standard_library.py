@@ -11,10 +11,10 @@ from sparse_lm.data.documents import Document
 from sparse_lm.errors import UserError
 
 # Not Python text for its own sake: other people's packages, test data, and hundreds of near-equal character tables.
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 TOPICS = "pydoc_data/topics.py"
 # The domain held out where an interpreter comes without the topics: the first of these folders that it has.
-OTHER_DOMAINS = ("idlelib", "tkinter", "email")
+FALLBACK_DOMAINS = ("idlelib", "tkinter", "email")
 
 
 @dataclass
@@ -24,7 +24,7 @@ class StandardLibrary:
     path: pathlib.Path = field(default_factory=lambda: pathlib.Path(sysconfig.get_path("stdlib")))
     name: str = "stdlib"
 
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for path in self._files():
             digest.update(f"{path.relative_to(self.path)}\0".encode())
@@ -33,10 +33,10 @@ class StandardLibrary:
 
     def documents(self) -> Iterator[Document]:
         files = self._files()
-        topics = _topics(self.path / TOPICS)
+        topics = _read_topics(self.path / TOPICS)
         for topic in topics:
             yield Document(topic, kind="heldout_domain")
-        heldout = "" if topics else next((d for d in OTHER_DOMAINS if (self.path / d).is_dir()), "")
+        heldout = "" if topics else next((d for d in FALLBACK_DOMAINS if (self.path / d).is_dir()), "")
         for path in files:
             relative = path.relative_to(self.path)
             try:
@@ -50,14 +50,14 @@ class StandardLibrary:
         files = sorted(
             path
             for path in self.path.rglob("*.py")
-            if not LEFT_OUT.intersection(path.relative_to(self.path).parts) and path.is_file()
+            if not EXCLUDED.intersection(path.relative_to(self.path).parts) and path.is_file()
         )
         if not files:
             raise UserError(f"this Python has no source text of its standard library in {self.path}; use folder:PATH")
         return files
 
 
-def _topics(path: pathlib.Path) -> list[str]:
+def _read_topics(path: pathlib.Path) -> list[str]:
     """The texts of the largest dict of strings in the module, which is read and never run; [] where there is none."""
     if not path.is_file():
         return []

@@ -19,22 +19,22 @@ from sparse_lm.data.tokenizer import Tokenizer
 
 VERSION = 1  # of the stored rows; a new one leaves what older versions prepared alone
 ROWS_PER_SHARD = 1 << 20
-CHUNK = 1 << 20  # characters of text encoded at once
+CHUNK_CHARACTERS = 1 << 20  # characters of text encoded at once
 
 
-def stored_name(part: int, kind: str) -> str:
+def name_split(part: int, kind: str) -> str:
     return f"{kind}_{part}"
 
 
-def write(
+def write_rows(
     folder: epath.Path, sources: list[Source], found: Survey, tokenizer: Tokenizer, length: int, progress: bool
 ) -> None:
     """Tokenizes, packs and stores every part; the folder is then a TFDS data set with a corpus.json beside."""
     folder.mkdir()
-    names = [stored_name(i, part.kind) for i, part in enumerate(found.parts)]
+    names = [name_split(i, part.kind) for i, part in enumerate(found.parts)]
     packers = [Packer(length, tokenizer.end_of_text, tokenizer.byte_lengths) for _ in found.parts]
     counts = [dict.fromkeys(("bytes", "tokens", "rows"), 0) for _ in found.parts]
-    writer = _writer(folder, length)
+    writer = _create_writer(folder, length)
     writer.initialize_splits(names)
 
     def store(part: int, rows: list) -> None:
@@ -44,9 +44,9 @@ def write(
 
     total = sum(part.documents for part in found.parts)
     bar = tqdm(desc="tokenizing", total=total, unit="document", leave=False, disable=None if progress else True)
-    with bar, _written_errors():
-        for source, assigned in zip(sources, found.assigned, strict=True):
-            for texts, parts in _chunks(source, assigned):
+    with bar, _restore_os_errors():
+        for source, assigned in zip(sources, found.part_of_document, strict=True):
+            for texts, parts in _read_chunks(source, assigned):
                 encoded = tokenizer.encode_batch(texts)
                 for part in sorted(set(parts)):
                     mine = [i for i, p in enumerate(parts) if p == part]
@@ -62,7 +62,7 @@ def write(
     (folder / "corpus.json").write_text(json.dumps({"length": length, "parts": parts}, indent=1))
 
 
-def _chunks(source: Source, assigned: np.ndarray) -> Iterator[tuple[list[str], list[int]]]:
+def _read_chunks(source: Source, assigned: np.ndarray) -> Iterator[tuple[list[str], list[int]]]:
     """The source's documents that belong to a part, some at a time, and their parts."""
     texts, parts, size = [], [], 0
     for document, part in zip(source.reader.documents(), assigned.tolist(), strict=False):
@@ -70,14 +70,14 @@ def _chunks(source: Source, assigned: np.ndarray) -> Iterator[tuple[list[str], l
             texts.append(document.text)
             parts.append(part)
             size += len(document.text)
-        if size >= CHUNK:
+        if size >= CHUNK_CHARACTERS:
             yield texts, parts
             texts, parts, size = [], [], 0
     if texts:
         yield texts, parts
 
 
-def _writer(folder: epath.Path, length: int) -> tfds.core.SequentialWriter:
+def _create_writer(folder: epath.Path, length: int) -> tfds.core.SequentialWriter:
     identity = tfds.core.dataset_info.DatasetIdentity(
         name="packed_rows", version=tfds.core.Version(f"{VERSION}.0.0"), data_dir=str(folder), module_name=__name__
     )
@@ -91,7 +91,7 @@ def _writer(folder: epath.Path, length: int) -> tfds.core.SequentialWriter:
 
 
 @contextlib.contextmanager
-def _written_errors() -> Iterator[None]:
+def _restore_os_errors() -> Iterator[None]:
     """ArrayRecord's writer reports a full disk as a RuntimeError; here it is the OSError that it was."""
     try:
         yield

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from sparse_lm.data.documents import Document
-from sparse_lm.errors import UserError, nearest
+from sparse_lm.errors import UserError, suggest
 
 # What the commands below need besides TensorFlow is what TFDS's own command line imports.
 ENVIRONMENT = (
@@ -32,7 +32,7 @@ class TfdsSet:
     def __post_init__(self):
         self.name = re.sub(r"\W+", "_", self.path, flags=re.ASCII).strip("_") or "tfds"
 
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         folder = epath.Path(self._builder.data_path)
         files = [(path.name, path.stat().length) for split in self._splits for path in self._files(split)]
         facts = [self.field, self._builder.info.full_name, files, (folder / "dataset_info.json").read_text()]
@@ -76,7 +76,7 @@ class TfdsSet:
             )
         texts = [name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]
         if self.field not in texts:
-            near = nearest(self.field, texts) if texts else "; it has no texts"
+            near = suggest(self.field, texts) if texts else "; it has no texts"
             raise UserError(f"tfds:{self.path}: no text feature {self.field!r}{near} (set it with ?field=NAME)")
         return builder
 

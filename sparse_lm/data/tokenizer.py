@@ -87,7 +87,7 @@ def load(path: str) -> Tokenizer:
     except OSError as e:
         raise UserError(f"data.tokenizer {path!r} can't be read: {e.strerror or e}") from None
     if where.suffix == ".model":
-        return _sentence_piece(file, path)
+        return _from_sentence_piece(file, path)
     return from_json(file, path)
 
 
@@ -112,7 +112,7 @@ def from_json(file: bytes, path: str = "tokenizer.json") -> Tokenizer:
         raise UserError(
             f"data.tokenizer {path!r} is neither byte-level nor of SentencePiece's kind, the two that can be used"
         )
-    of_bytes = {char: byte for byte, char in _byte_characters().items()}
+    of_bytes = {char: byte for byte, char in _map_byte_characters().items()}
     pieces = [b""] * (max(names.values()) + 1)
     for name, i in names.items():
         if i in added:
@@ -125,10 +125,10 @@ def from_json(file: bytes, path: str = "tokenizer.json") -> Tokenizer:
     def encode_batch(texts: list[str]) -> list[list[int]]:
         return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    return Tokenizer(encode_batch, pieces, names[end], file, _puts_space(encode_batch, pieces))
+    return Tokenizer(encode_batch, pieces, names[end], file, _adds_leading_space(encode_batch, pieces))
 
 
-def _sentence_piece(file: bytes, path: str) -> Tokenizer:
+def _from_sentence_piece(file: bytes, path: str) -> Tokenizer:
     try:
         import sentencepiece
     except ImportError:
@@ -143,7 +143,7 @@ def _sentence_piece(file: bytes, path: str) -> Tokenizer:
         b"" if model.is_control(i) or model.is_unknown(i) else _piece_bytes(model.id_to_piece(i))
         for i in range(model.get_piece_size())
     ]
-    return Tokenizer(model.encode, pieces, model.eos_id(), file, _puts_space(model.encode, pieces))
+    return Tokenizer(model.encode, pieces, model.eos_id(), file, _adds_leading_space(model.encode, pieces))
 
 
 def _piece_bytes(name: str) -> bytes:
@@ -152,11 +152,11 @@ def _piece_bytes(name: str) -> bytes:
     return name.replace(SPACE, " ").encode()
 
 
-def _puts_space(encode_batch: Callable[[list[str]], list[list[int]]], pieces: list[bytes]) -> bool:
+def _adds_leading_space(encode_batch: Callable[[list[str]], list[list[int]]], pieces: list[bytes]) -> bool:
     return b"".join(pieces[i] for i in encode_batch(["a"])[0]).startswith(b" ")
 
 
-def _byte_characters() -> dict[int, str]:
+def _map_byte_characters() -> dict[int, str]:
     """The printable character that byte-level BPE writes for each byte (Radford et al. 2019, the released encoder)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = (byte for byte in range(256) if byte not in printable)

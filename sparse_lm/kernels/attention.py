@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparse_lm.kernels.linear import crossed
+from sparse_lm.kernels.linear import matmul_transposed
 from sparse_lm.mesh import platform
 
 
@@ -55,11 +55,11 @@ def _forward(query, key, value, mask):
 def _backward(saved, gradient):
     query, key, value, mask, p, y = saved
     dtype = value.dtype
-    by_value = crossed(gradient, p.astype(dtype)).swapaxes(-1, -2)
+    by_value = matmul_transposed(gradient, p.astype(dtype)).swapaxes(-1, -2)
     by_p = jnp.einsum("bnqh,bnkh->bnqk", gradient, value, preferred_element_type=jnp.float32)
     mean = (gradient.astype(jnp.float32) * y).sum(axis=-1, keepdims=True)
     by_score = jnp.where(mask, p * (by_p - mean) * query.shape[-1] ** -0.5, 0).astype(dtype)
-    return by_score @ key, crossed(query, by_score).swapaxes(-1, -2), by_value, None
+    return by_score @ key, matmul_transposed(query, by_score).swapaxes(-1, -2), by_value, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -16,7 +16,7 @@ from sparse_lm import mesh
 from sparse_lm.kernels import block_sparse_tpu
 from sparse_lm.layouts import Layout
 
-LOOPS = 4  # of one product at most; each is compiled apart
+MAX_LOOPS = 4  # of one product at most; each is compiled apart
 
 
 def block_sparse_matmul(
@@ -27,13 +27,15 @@ def block_sparse_matmul(
     Under a mesh (`jax.set_mesh`) the first axis of x is divided as a batch is, and each device multiplies its own rows.
     Raises `ValueError` where the shapes are not those of the layout.
     """
-    expected = (layout.width_in, (layout.count, layout.block, layout.block))
+    expected = (layout.width_in, (layout.num_blocks, layout.block, layout.block))
     if (x.shape[-1], blocks.shape) != expected:
         raise ValueError(f"x of width {x.shape[-1]} and blocks {blocks.shape}; the layout has {expected}")
     return _product(x, blocks.astype(x.dtype), layout)
 
 
-def reference(x: Float[Array, "*batch D"], blocks: Float[Array, "n b b"], layout: Layout) -> Float[Array, "*batch F"]:
+def reference_matmul(
+    x: Float[Array, "*batch D"], blocks: Float[Array, "n b b"], layout: Layout
+) -> Float[Array, "*batch F"]:
     """The same by the dense matrix, which has 0 where there is no block."""
     rows, columns = layout.shape
     dense = jnp.zeros((rows, columns, layout.block, layout.block), x.dtype)
@@ -53,9 +55,9 @@ def _product(x: Float[Array, "*batch D"], blocks: Float[Array, "n b b"], layout:
         )
         return y.reshape(*x.shape[:-1], layout.width_out)
 
-    if _axes(x):
-        rows = mesh.spec("batch")
-        product = jax.shard_map(product, in_specs=(rows, mesh.spec()), out_specs=rows, check_vma=False)
+    if _row_axes(x):
+        rows = mesh.partition_spec("batch")
+        product = jax.shard_map(product, in_specs=(rows, mesh.partition_spec()), out_specs=rows, check_vma=False)
     return product(x, blocks)
 
 
@@ -65,7 +67,7 @@ def _forward(x, blocks, layout):
 
 def _backward(layout, saved, gradient):
     x, blocks = saved
-    axes = _axes(x)
+    axes = _row_axes(x)
 
     def gradients(x, blocks, gradient):
         dx, d_blocks = jax.lax.platform_dependent(
@@ -78,7 +80,7 @@ def _backward(layout, saved, gradient):
         return dx.reshape(x.shape), jax.lax.psum(d_blocks, axes)
 
     if axes:
-        rows, whole = mesh.spec("batch"), mesh.spec()
+        rows, whole = mesh.partition_spec("batch"), mesh.partition_spec()
         gradients = jax.shard_map(gradients, in_specs=(rows, whole, rows), out_specs=(rows, whole), check_vma=False)
     return gradients(x, blocks, gradient)
 
@@ -86,7 +88,7 @@ def _backward(layout, saved, gradient):
 _product.defvjp(_forward, _backward)
 
 
-def _axes(x: jax.Array) -> tuple[str, ...]:
+def _row_axes(x: jax.Array) -> tuple[str, ...]:
     """The axes of the mesh in force that divide the first axis of x."""
     return () if x.ndim == 1 or jax.sharding.get_abstract_mesh().empty else mesh.RULES["batch"]
 
@@ -99,12 +101,12 @@ def gathered_matmul(x: Float[Array, "N D"], blocks: Float[Array, "n b b"], layou
     """
     b = layout.block
     y = jnp.zeros((len(x), layout.width_out), x.dtype)
-    for index, other, number in _by_count(layout.columns, layout.rows, layout.shape[1]):
-        stacked = _take(blocks, number).reshape(len(index), -1, b)
+    for index, other, number in _group_by_count(layout.columns, layout.rows, layout.shape[1]):
+        stacked = _gather_blocks(blocks, number).reshape(len(index), -1, b)
 
         def column(y, line):
             at, other, stacked = line
-            return _put(y, _dot(_slabs(x, other, b), stacked, 1, 0), at, b), None
+            return _write_slab(y, _dot(_gather_slabs(x, other, b), stacked, 1, 0), at, b), None
 
         y, _ = jax.lax.scan(column, y, (index, other, stacked))
     return y
@@ -118,21 +120,21 @@ def gathered_gradients(
     b = layout.block
     dx = jnp.zeros_like(x)
     stacks, numbers = [], []
-    for index, other, number in _by_count(layout.rows, layout.columns, layout.shape[0]):
+    for index, other, number in _group_by_count(layout.rows, layout.columns, layout.shape[0]):
         m, count = number.shape
-        stacked = _take(blocks, number).swapaxes(1, 2).reshape(m, b, count * b)
+        stacked = _gather_blocks(blocks, number).swapaxes(1, 2).reshape(m, b, count * b)
 
         def row(dx, line):
             at, other, stacked = line
-            slabs = _slabs(gradient, other, b)
-            dx = _put(dx, _dot(slabs, stacked, 1, 1), at, b)
-            return dx, _dot(_slabs(x, at[None], b), slabs, 0, 0)
+            slabs = _gather_slabs(gradient, other, b)
+            dx = _write_slab(dx, _dot(slabs, stacked, 1, 1), at, b)
+            return dx, _dot(_gather_slabs(x, at[None], b), slabs, 0, 0)
 
         dx, stacked = jax.lax.scan(row, dx, (index, other, stacked))
         stacks.append(stacked.reshape(m, b, count, b).swapaxes(1, 2).reshape(m * count, b, b))
         numbers.append(number.reshape(-1))
     # Where the gradient of each block stands; that of the padding, numbered n, comes last and is left out.
-    order = np.argsort(np.concatenate(numbers), kind="stable")[: layout.count]
+    order = np.argsort(np.concatenate(numbers), kind="stable")[: layout.num_blocks]
     return dx, jnp.concatenate(stacks)[order]
 
 
@@ -144,14 +146,14 @@ class _Lines(NamedTuple):
     number: Int[np.ndarray, "m count"]  # of each block; n for padding, a block of zeros
 
 
-def _by_count(lines: tuple[int, ...], others: tuple[int, ...], number: int) -> list[_Lines]:
+def _group_by_count(lines: tuple[int, ...], others: tuple[int, ...], number: int) -> list[_Lines]:
     """The lines that have blocks, by their number of blocks: exactly where that makes LOOPS groups or fewer, otherwise
     padded up to the LOOPS numbers that need the least padding (found greedily)."""
     lines, others = np.array(lines), np.array(others)
     order, counts = np.lexsort((others, lines)), np.bincount(lines, minlength=number)
     start = np.cumsum(counts) - counts
     sizes = np.unique(counts[counts > 0])
-    while len(sizes) > LOOPS:
+    while len(sizes) > MAX_LOOPS:
         # Without a size, the lines that it holds are padded to the next.
         held = np.histogram(counts, [1, *(sizes + 1)])[0][:-1]
         sizes = np.delete(sizes, np.argmin(held * np.diff(sizes)))
@@ -164,16 +166,18 @@ def _by_count(lines: tuple[int, ...], others: tuple[int, ...], number: int) -> l
     return groups
 
 
-def _take(blocks: Float[Array, "n b b"], number: Int[np.ndarray, "m count"]) -> Float[Array, "m count b b"]:
+def _gather_blocks(blocks: Float[Array, "n b b"], number: Int[np.ndarray, "m count"]) -> Float[Array, "m count b b"]:
     return blocks.at[number].get(mode="fill", fill_value=0)
 
 
-def _slabs(x: Float[Array, "N D"], index: Int[Array, " count"], width: int) -> Float[Array, "N slabs"]:
+def _gather_slabs(x: Float[Array, "N D"], index: Int[Array, " count"], width: int) -> Float[Array, "N slabs"]:
     slabs = [jax.lax.dynamic_slice_in_dim(x, index[i] * width, width, axis=1) for i in range(len(index))]
     return jnp.concatenate(slabs, axis=1)
 
 
-def _put(y: Float[Array, "N F"], slab: Float[Array, "N b"], index: Int[Array, ""], width: int) -> Float[Array, "N F"]:
+def _write_slab(
+    y: Float[Array, "N F"], slab: Float[Array, "N b"], index: Int[Array, ""], width: int
+) -> Float[Array, "N F"]:
     return jax.lax.dynamic_update_slice_in_dim(y, slab, index * width, axis=1)
 
 

@@ -39,7 +39,7 @@ def gradients(
 ) -> tuple[Float[Array, "N D"], Float[Array, "n b b"]]:
     """The gradients of `matmul` by x and by the blocks, from that by its result."""
     dx = matmul(gradient, blocks, layout, transposed=True, interpret=interpret)
-    return dx, blocks_gradient(x, gradient, layout, interpret=interpret)
+    return dx, block_gradients(x, gradient, layout, interpret=interpret)
 
 
 def matmul(
@@ -56,12 +56,12 @@ def matmul(
         source, target, parts_in, parts_out = target, source, parts_out, parts_in
     number = np.lexsort((source, target))
     source, target = source[number], target[number]
-    tokens, tile = len(x), _tile(len(x), x.shape[1], x.dtype)
+    tokens, tile = len(x), _choose_tile(len(x), x.shape[1], x.dtype)
     y = pl.pallas_call(
         functools.partial(_matmul_kernel, b=b, transposed=transposed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(pl.cdiv(tokens, tile), layout.count),
+            grid=(pl.cdiv(tokens, tile), layout.num_blocks),
             in_specs=[
                 pl.BlockSpec((tile, parts_in * b), lambda i, p, source, target, number: (i, 0)),
                 pl.BlockSpec((1, b, b), lambda i, p, source, target, number: (number[p], 0, 0)),
@@ -95,17 +95,17 @@ def _matmul_kernel(source, target, number, x, block, y, total, *, b: int, transp
         y[...] = total[...].astype(y.dtype)
 
 
-def blocks_gradient(
+def block_gradients(
     x: Float[Array, "N D"], gradient: Float[Array, "N F"], layout: Layout, interpret: bool = False
 ) -> Float[Array, "n b b"]:
     """For each block, over the tiles of tokens: its slab of x, transposed, times its slab of the gradient."""
-    b, tokens, tile = layout.block, len(x), _tile(len(x), 2 * layout.block, x.dtype)
+    b, tokens, tile = layout.block, len(x), _choose_tile(len(x), 2 * layout.block, x.dtype)
     rows, columns = np.array(layout.rows, np.int32), np.array(layout.columns, np.int32)
     return pl.pallas_call(
         functools.partial(_gradient_kernel, tokens=tokens),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(layout.count, pl.cdiv(tokens, tile)),
+            grid=(layout.num_blocks, pl.cdiv(tokens, tile)),
             in_specs=[
                 pl.BlockSpec((tile, b), lambda p, i, rows, columns: (i, rows[p])),
                 pl.BlockSpec((tile, b), lambda p, i, rows, columns: (i, columns[p])),
@@ -113,7 +113,7 @@ def blocks_gradient(
             out_specs=pl.BlockSpec((1, b, b), lambda p, i, rows, columns: (p, 0, 0)),
             scratch_shapes=[pltpu.VMEM((b, b), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((layout.count, b, b), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((layout.num_blocks, b, b), x.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="block_sparse_gradient",
@@ -147,7 +147,7 @@ def _first_and_last(group, p):
     return first, last
 
 
-def _tile(tokens: int, width: int, dtype: jnp.dtype) -> int:
+def _choose_tile(tokens: int, width: int, dtype: jnp.dtype) -> int:
     """Tokens of one tile: what TILE_BYTES of that width hold, in whole registers, or all."""
     fit = TILE_BYTES // (width * jnp.dtype(dtype).itemsize) // 16 * 16
     return min(tokens, TILE_TOKENS, max(16, fit))

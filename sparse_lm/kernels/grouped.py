@@ -47,18 +47,20 @@ def grouped_outer(
     )
 
 
-def alignment(platform: str, rows: int, experts: int) -> int:
+def choose_alignment(platform: str, rows: int, experts: int) -> int:
     """The multiple to which each expert's rows are best padded with zeros on a platform ("cpu", "tpu", "gpu").
 
     On a CPU an eighth of an even share or less, but at least 8; padding then adds some 5 % where experts have 64 rows
     or more, and never more than experts · (alignment - 1) rows. Elsewhere 1: nothing is gained by padding.
     """
-    return grouped_cpu.alignment(rows, experts) if platform == "cpu" else 1
+    return grouped_cpu.choose_alignment(rows, experts) if platform == "cpu" else 1
 
 
-def reference(x: Float[Array, "N D"], weights: Float[Array, "E D F"], sizes: Int[Array, " E"]) -> Float[Array, "N F"]:
+def reference_matmul(
+    x: Float[Array, "N D"], weights: Float[Array, "E D F"], sizes: Int[Array, " E"]
+) -> Float[Array, "N F"]:
     """The same, by every expert on every row."""
-    of_expert = _of_expert(len(x), sizes)
+    of_expert = _expert_masks(len(x), sizes)
     y = jnp.zeros((len(x), weights.shape[2]), jnp.float32)
     for e, rows in enumerate(of_expert):
         rows = rows[:, None]
@@ -66,7 +68,7 @@ def reference(x: Float[Array, "N D"], weights: Float[Array, "E D F"], sizes: Int
     return y.astype(x.dtype)
 
 
-def _of_expert(rows: int, sizes: Int[Array, " E"]) -> jax.Array:
+def _expert_masks(rows: int, sizes: Int[Array, " E"]) -> jax.Array:
     """[E, N]: whether the row is the expert's."""
     end = jnp.cumsum(sizes)[:, None]
     return (jnp.arange(rows) >= end - sizes[:, None]) & (jnp.arange(rows) < end)
@@ -107,15 +109,15 @@ def ragged_matmul(
 ) -> Float[Array, "N F"]:
     dimensions = jax.lax.RaggedDotDimensionNumbers((((1,), (2 if transposed else 1,)), ((), ())), [0], [0])
     y = jax.lax.ragged_dot_general(x, weights, sizes, dimensions, preferred_element_type=jnp.float32)
-    return _used(y, sizes).astype(x.dtype)
+    return _zero_unassigned(y, sizes).astype(x.dtype)
 
 
 def ragged_outer(x: Float[Array, "N D"], g: Float[Array, "N F"], sizes: Int[Array, " E"]) -> Float[Array, "E D F"]:
     dimensions = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    x, g = _used(x, sizes), _used(g, sizes)
+    x, g = _zero_unassigned(x, sizes), _zero_unassigned(g, sizes)
     return jax.lax.ragged_dot_general(x, g, sizes, dimensions, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def _used(x: Float[Array, "N D"], sizes: Int[Array, " E"]) -> Float[Array, "N D"]:
+def _zero_unassigned(x: Float[Array, "N D"], sizes: Int[Array, " E"]) -> Float[Array, "N D"]:
     """x, with 0 in the rows that are no expert's, of which jax promises nothing."""
     return jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), x, 0)

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-LONGEST = 512  # rows of a chunk, enough for a product to run at full speed
-CASES = 16  # lengths of an expert's last chunk that `outer` has a program for
+MAX_CHUNK = 512  # rows of a chunk, enough for a product to run at full speed
+MAX_CASES = 16  # lengths of an expert's last chunk that `outer` has a program for
 
 
-def alignment(rows: int, experts: int) -> int:
+def choose_alignment(rows: int, experts: int) -> int:
     """The largest power of two that is at most an eighth of an even share, from 8 to 64."""
     return min(64, max(8, 1 << max(1, rows // (8 * experts)).bit_length() - 1))
 
@@ -22,7 +22,7 @@ def matmul(
     x: Float[Array, "N D"], weights: Float[Array, "E ..."], sizes: Int[Array, " E"], aligned: int, transposed: bool
 ) -> Float[Array, "N F"]:
     """x W_e, or x W_eᵀ, for the rows of each expert e; 0 for the rows that are no expert's."""
-    lengths = _lengths(len(x), len(sizes), aligned)
+    lengths = _chunk_lengths(len(x), len(sizes), aligned)
     starts = jnp.cumsum(sizes) - sizes
 
     def expert(e, y):
@@ -54,7 +54,7 @@ def outer(
     """
     if len(x) * (x.shape[1] - g.shape[1]) > len(sizes) * x.shape[1] * g.shape[1]:
         return outer(g, x, sizes, aligned).swapaxes(1, 2)
-    longest = min(_lengths(len(x), len(sizes), aligned)[-1], CASES * aligned)
+    longest = min(_chunk_lengths(len(x), len(sizes), aligned)[-1], MAX_CASES * aligned)
     starts = jnp.cumsum(sizes) - sizes
     columns = x.T
 
@@ -80,10 +80,10 @@ def outer(
     return jax.lax.fori_loop(0, len(sizes), expert, jnp.zeros((len(sizes), x.shape[1], g.shape[1]), x.dtype))
 
 
-def _lengths(rows: int, experts: int, aligned: int) -> list[int]:
+def _chunk_lengths(rows: int, experts: int, aligned: int) -> list[int]:
     """Lengths of chunks, each twice the one before, up to that of an expert with more than an even share."""
     lengths = [aligned]
-    while 2 * lengths[-1] <= min(LONGEST, rows, 2 * rows // experts):
+    while 2 * lengths[-1] <= min(MAX_CHUNK, rows, 2 * rows // experts):
         lengths.append(2 * lengths[-1])
     return lengths
 

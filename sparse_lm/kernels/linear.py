@@ -34,9 +34,9 @@ def _backward(dtype, saved, gradient):
     rows, flat = x.reshape(-1, len(matrix)), matrix.reshape(len(matrix), -1)
     gradient = gradient.reshape(len(rows), -1)
     if rows.shape[1] <= gradient.shape[1]:
-        by_matrix = crossed(rows, gradient)
+        by_matrix = matmul_transposed(rows, gradient)
     else:
-        by_matrix = crossed(gradient, rows).T
+        by_matrix = matmul_transposed(gradient, rows).T
     by_x = jnp.einsum("nf,df->nd", gradient, flat)
     return by_x.reshape(x.shape).astype(x.dtype), by_matrix.reshape(matrix.shape).astype(matrix.dtype)
 
@@ -44,7 +44,7 @@ def _backward(dtype, saved, gradient):
 _linear.defvjp(_forward, _backward)
 
 
-def crossed(x: Float[Array, "*B N D"], y: Float[Array, "*B N F"]) -> Float[Array, "*B D F"]:
+def matmul_transposed(x: Float[Array, "*B N D"], y: Float[Array, "*B N F"]) -> Float[Array, "*B D F"]:
     """xᵀ y by turning x first. Of a transpose before or after a product the compiler would make a product again that
     contracts first axes."""
     turned = jax.lax.optimization_barrier(x.swapaxes(-1, -2))

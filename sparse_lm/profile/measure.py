@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm import config as configs
-from sparse_lm.cost import flops, optimizer_flops
-from sparse_lm.cost.machine import Machine, machine
+from sparse_lm.cost import count_flops, optimizer_flops
+from sparse_lm.cost.machine import Machine, find_machine
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import make_mesh
 from sparse_lm.profile import program, timeline
-from sparse_lm.profile.program import PARTS, REST, Place
+from sparse_lm.profile.program import PARTS, REST, Scope
 from sparse_lm.step.build import Build, build
 
 # The part that a name of `cost.flops` belongs to, where it is another.
-FLOPS_OF = {
+PART_OF_FLOPS = {
     "attention projections": "attention",
     "attention scores": "attention",
     "feed-forward": "feed_forward",
@@ -59,10 +59,10 @@ class Profile:
 
     def roofline(self, row: Row) -> float:
         """Seconds that the machine's peaks allow for a part."""
-        return max(row.flops / self.machine.products(self.dtype), row.bytes / self.machine.memory)
+        return max(row.flops / self.machine.peak_flops(self.dtype), row.bytes / self.machine.bandwidth)
 
 
-def profile(config: configs.Config, steps: int = 5, trace: str = "") -> Profile:
+def profile_steps(config: configs.Config, steps: int = 5, trace: str = "") -> Profile:
     """Profiles training steps of a resolved config on random tokens, on all devices of this process.
 
     trace: a folder that the trace is left in, for TensorBoard's profiler or Perfetto; "": none is left.
@@ -77,27 +77,29 @@ def profile(config: configs.Config, steps: int = 5, trace: str = "") -> Profile:
         raise UserError(f"--trace is {trace}, but {there} is a file; it has to be a folder, made where there is none")
     built = build(config, make_mesh(config.mesh))
     compiled = built.step.lower(built.abstract_state, built.abstract_batch).compile()
-    step = _stepper(built, compiled)
+    step = _make_step(built, compiled)
     run = lambda: [step() for _ in range(steps)]
     run()  # the first steps are slower
     plain = run()
     with tempfile.TemporaryDirectory() as scratch:
-        with jax.profiler.trace(trace or scratch, profiler_options=_options()):
+        with jax.profiler.trace(trace or scratch, profiler_options=_profiler_options()):
             profiled = run()
-        spent = timeline.read(trace or scratch)
+        spent = timeline.read_trace(trace or scratch)
     plain += run()  # on both sides, so that a machine that slows down on the way tells on both alike
     device, devices = built.mesh.devices.flat[0], built.mesh.size
-    peaks = machine(device.device_kind) or measured(devices if device.platform == "cpu" else 1)
-    return _profile(config, device.platform, program.read(compiled.as_text()), spent, plain, profiled, devices, peaks)
+    peaks = find_machine(device.device_kind) or measure_machine(devices if device.platform == "cpu" else 1)
+    return _summarize(
+        config, device.platform, program.read_program(compiled.as_text()), spent, plain, profiled, devices, peaks
+    )
 
 
-def _options() -> jax.profiler.ProfileOptions:
+def _profiler_options() -> jax.profiler.ProfileOptions:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # Python's own calls tell nothing here, and slow it down
     return options
 
 
-def _stepper(built: Build, compiled: Callable) -> Callable[[], float]:
+def _make_step(built: Build, compiled: Callable) -> Callable[[], float]:
     """A function that runs the next step and returns its seconds."""
     batch, state = random_batch(built), built.init()
 
@@ -127,18 +129,18 @@ def random_batch(built: Build) -> dict[str, Any]:
     return {name: placed.get(name, placed) for name in built.abstract_batch}  # the same again for `AHEAD`
 
 
-def measured(devices: int) -> Machine:
+def measure_machine(devices: int) -> Machine:
     """What one of some devices that share this machine reaches: a product of matrices of float32, 1,024 × 1,024, and
     256 MB read and written in their place (fresh memory would be the system's to hand out, and slow). The best of some.
     """
     square, large = jnp.ones((1024, 1024)), jnp.ones(2**26)
     size = large.nbytes
-    product = 2 * 1024**3 / _best(jax.jit(lambda x: x @ x / 1024, donate_argnums=0), square, 50)
-    copy = 2 * size / _best(jax.jit(lambda x: -x, donate_argnums=0), large, 10)
+    product = 2 * 1024**3 / _shortest_run(jax.jit(lambda x: x @ x / 1024, donate_argnums=0), square, 50)
+    copy = 2 * size / _shortest_run(jax.jit(lambda x: -x, donate_argnums=0), large, 10)
     return Machine("this machine", product / devices, product / devices, copy / devices, "measured")
 
 
-def _best(function: Callable, value: jax.Array, rounds: int) -> float:
+def _shortest_run(function: Callable, value: jax.Array, rounds: int) -> float:
     """The least seconds of a run of function on what it returned before."""
     seconds = []
     for _ in range(rounds + 1):  # the first compiles
@@ -148,7 +150,7 @@ def _best(function: Callable, value: jax.Array, rounds: int) -> float:
     return min(seconds)
 
 
-def _profile(
+def _summarize(
     config: configs.Config,
     platform: str,
     compiled: program.Program,
@@ -162,16 +164,16 @@ def _profile(
     step = statistics.median(plain)
     busy = max((sum(device.values()) for device in spent), default=0.0)
     scale = step / max(sum(profiled) * 1e9, busy) / max(len(spent), 1)
-    seconds: dict[Place, float] = defaultdict(float)
+    seconds: dict[Scope, float] = defaultdict(float)
     for device in spent:
         for name, nanoseconds in device.items():
-            seconds[compiled.places.get(name, Place(REST, False))] += nanoseconds * scale
+            seconds[compiled.scopes.get(name, Scope(REST, False))] += nanoseconds * scale
     count = flops_by_part(config, platform)
     rows = tuple(
         Row(
             part,
-            seconds[Place(part, False)],
-            seconds[Place(part, True)],
+            seconds[Scope(part, False)],
+            seconds[Scope(part, True)],
             count[part] / devices,
             sum(moved for place, moved in compiled.bytes.items() if place.part == part),
         )
@@ -185,7 +187,7 @@ def flops_by_part(config: configs.Config, platform: str = "cpu") -> dict[str, fl
     """Of a step on all devices, by part. The work per element is in no part: it is the bytes that bound it."""
     tokens = config.training.batch * config.data.length
     count: dict[str, float] = defaultdict(float)
-    for part in flops(config.model, config.data.length, platform).parts:
-        count[FLOPS_OF.get(part.name, part.name)] += tokens * part.training
+    for part in count_flops(config.model, config.data.length, platform).parts:
+        count[PART_OF_FLOPS.get(part.name, part.name)] += tokens * part.training
     count["optimizer"] = optimizer_flops(config)
     return count

@@ -19,7 +19,7 @@ FREE = "parameter constant tuple get-tuple-element bitcast while conditional cal
 SLICING = ("dynamic-slice", "slice", "gather")
 
 
-class Place(NamedTuple):
+class Scope(NamedTuple):
     part: str  # one of PARTS, or REST
     backward: bool
 
@@ -48,7 +48,7 @@ class Instruction:
         return found[1] if found else ""
 
     @property
-    def trips(self) -> int:
+    def trip_count(self) -> int:
         """How often a loop runs; 1 where the compiler does not know it."""
         found = re.search(r'known_trip_count":\{"n":"(\d+)"', self.arguments)
         return int(found[1]) if found else 1
@@ -68,36 +68,36 @@ class Computation:
 
 @dataclass(frozen=True)
 class Program:
-    places: dict[str, Place]  # of each instruction, by its name
-    bytes: dict[Place, float]  # moved by all instructions of a place, per run of the program on one device
+    places: dict[str, Scope]  # of each instruction, by its name
+    bytes: dict[Scope, float]  # moved by all instructions of a place, per run of the program on one device
 
 
-def read(text: str) -> Program:
+def read_program(text: str) -> Program:
     """Reads what `jax.stages.Compiled.as_text` gives.
 
     Bytes are those of each instruction's operands and results, as if no cache lay between instructions: an upper bound.
     Of an operand that is only sliced the slices count, of a result that is updated in place the update, and of a loop's
     body all rounds.
     """
-    computations, entry = parse(text)
-    places: dict[str, Place] = {}
+    computations, entry = parse_computations(text)
+    places: dict[str, Scope] = {}
     for computation in computations.values():
-        places |= _places(computation)
-    moved: dict[Place, float] = defaultdict(float)
+        places |= _assign_scopes(computation)
+    moved: dict[Scope, float] = defaultdict(float)
 
     def run(computation: Computation, times: int) -> None:
         for instruction in computation.instructions.values():
             if instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
-                moved[places[instruction.name]] += times * traffic(instruction)
+                moved[places[instruction.name]] += times * memory_traffic(instruction)
             if instruction.opcode in ("while", "conditional", "call"):
                 for called in instruction.called:
-                    run(called, times * instruction.trips)
+                    run(called, times * instruction.trip_count)
 
     run(entry, 1)
     return Program(places, dict(moved))
 
 
-def parse(text: str) -> tuple[dict[str, Computation], Computation]:
+def parse_computations(text: str) -> tuple[dict[str, Computation], Computation]:
     """The computations of a module by name, and its entry."""
     computations: dict[str, Computation] = {}
     entry = current = Computation()
@@ -112,7 +112,7 @@ def parse(text: str) -> tuple[dict[str, Computation], Computation]:
             current.instructions[name] = Instruction(
                 name,
                 opcode,
-                tuple(_array(*array) for array in re.findall(r"(pred|[a-z]+\d\w*)\[([\d,]*)\]", kind)),
+                tuple(_parse_array(*array) for array in re.findall(r"(pred|[a-z]+\d\w*)\[([\d,]*)\]", kind)),
                 arguments,
                 bool(root),
                 tuple(current.instructions[n] for n in operands if n in current.instructions),
@@ -121,14 +121,14 @@ def parse(text: str) -> tuple[dict[str, Computation], Computation]:
     return computations, entry
 
 
-def _array(dtype: str, shape: str) -> tuple[float, int]:
+def _parse_array(dtype: str, shape: str) -> tuple[float, int]:
     bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
     return bits / 8, math.prod(int(size) for size in shape.split(",") if size)
 
 
-def _places(computation: Computation) -> dict[str, Place]:
+def _assign_scopes(computation: Computation) -> dict[str, Scope]:
     """The place of each instruction. One that the compiler made, a copy say, goes with its user, or what it uses."""
-    found = {name: _place(instruction) for name, instruction in computation.instructions.items()}
+    found = {name: _vote_scope(instruction) for name, instruction in computation.instructions.items()}
     users = defaultdict(list)
     for instruction in computation.instructions.values():
         for operand in instruction.operands:
@@ -137,16 +137,16 @@ def _places(computation: Computation) -> dict[str, Place]:
         found[name] = found[name] or next((found[user] for user in users[name] if found[user]), None)
     for name, instruction in computation.instructions.items():
         found[name] = found[name] or next((found[o.name] for o in instruction.operands if found[o.name]), None)
-    return {name: place or Place(REST, False) for name, place in found.items()}
+    return {name: place or Scope(REST, False) for name, place in found.items()}
 
 
-def _place(instruction: Instruction) -> Place | None:
+def _vote_scope(instruction: Instruction) -> Scope | None:
     """By most of the work in it, where it has other instructions inside: a fusion bears the name of its last one."""
-    votes: Counter[Place] = Counter()
+    votes: Counter[Scope] = Counter()
 
     def vote(one: Instruction) -> None:
-        if place := place_of(one.op_name):
-            votes[place] += _work(one)
+        if place := parse_scope(one.op_name):
+            votes[place] += _estimate_work(one)
         for called in one.called:
             for inner in called.instructions.values():
                 vote(inner)
@@ -155,15 +155,15 @@ def _place(instruction: Instruction) -> Place | None:
     return votes.most_common(1)[0][0] if votes else None
 
 
-def place_of(op_name: str) -> Place | None:
+def parse_scope(op_name: str) -> Scope | None:
     """The innermost part that an op_name mentions; REST where it mentions none, None where it says nothing."""
     if "/" not in op_name:
         return None
     words = re.split(r"[/();]+", op_name)
-    return Place(next((w for w in reversed(words) if w in PARTS), REST), "transpose(" in op_name)
+    return Scope(next((w for w in reversed(words) if w in PARTS), REST), "transpose(" in op_name)
 
 
-def _work(instruction: Instruction) -> float:
+def _estimate_work(instruction: Instruction) -> float:
     """In proportion to FLOPs; never 0, so that it has a vote."""
     operands = instruction.operands
     if instruction.opcode in ("dot", "ragged-dot", "convolution") and len(operands) > 1:
@@ -173,17 +173,17 @@ def _work(instruction: Instruction) -> float:
     return instruction.elements
 
 
-def traffic(instruction: Instruction) -> float:
+def memory_traffic(instruction: Instruction) -> float:
     """Bytes that one run of an instruction reads and writes."""
     inside = instruction.called[0] if instruction.opcode == "fusion" and instruction.called else None
     if inside is None:
-        reads = sum(_read(o, [instruction]) for o in instruction.operands)
-        return reads + _written(instruction)
+        reads = sum(_bytes_read(o, [instruction]) for o in instruction.operands)
+        return reads + _bytes_written(instruction)
     parameters = [i for i in inside.instructions.values() if i.opcode == "parameter"]
-    return sum(_read(p, inside.users(p)) for p in parameters) + _written(inside.root)
+    return sum(_bytes_read(p, inside.users(p)) for p in parameters) + _bytes_written(inside.root)
 
 
-def _read(array: Instruction, users: list[Instruction]) -> float:
+def _bytes_read(array: Instruction, users: list[Instruction]) -> float:
     """Bytes read of an array: of its slices alone where it is only sliced, none where a part of it is replaced."""
     read = 0.0
     for user in users:
@@ -194,9 +194,9 @@ def _read(array: Instruction, users: list[Instruction]) -> float:
     return min(read, array.bytes)
 
 
-def _written(result: Instruction) -> float:
+def _bytes_written(result: Instruction) -> float:
     if result.opcode == "dynamic-update-slice" and len(result.operands) > 1:
         return result.operands[1].bytes
     if result.opcode == "tuple":
-        return sum(_written(o) for o in result.operands)
+        return sum(_bytes_written(o) for o in result.operands)
     return result.bytes

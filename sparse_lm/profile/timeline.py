@@ -24,7 +24,7 @@ class Span(NamedTuple):
     piece: int | None = None
 
 
-class Handed(NamedTuple):
+class Handover(NamedTuple):
     """A thread hands over a piece of the work that it is doing."""
 
     thread: str
@@ -32,7 +32,7 @@ class Handed(NamedTuple):
     piece: int
 
 
-def shares(spans: Iterable[Span], handed: Iterable[Handed] = ()) -> dict[str, float]:
+def attribute_time(spans: Iterable[Span], handed: Iterable[Handover] = ()) -> dict[str, float]:
     """Nanoseconds of each instruction. Of nested spans the innermost counts; of threads at once each counts equally.
 
     A piece counts as the instruction that it was handed over from; a piece from nowhere is no work.
@@ -67,41 +67,41 @@ def shares(spans: Iterable[Span], handed: Iterable[Handed] = ()) -> dict[str, fl
     return dict(spent)
 
 
-def read(folder: str) -> list[dict[str, float]]:
+def read_trace(folder: str) -> list[dict[str, float]]:
     """Nanoseconds of each instruction, for each device that the newest trace in a folder tells of; for the host where
     it computes itself."""
     newest = max(Path(folder).glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     planes = list(jax.profiler.ProfileData.from_file(str(newest)).planes)
-    devices = [shares(_device(plane)) for plane in planes if re.fullmatch(r"/device:\w+:\d+", plane.name)]
-    host = [shares(*_host(plane)) for plane in planes if plane.name == "/host:CPU"]
+    devices = [attribute_time(_device_spans(plane)) for plane in planes if re.fullmatch(r"/device:\w+:\d+", plane.name)]
+    host = [attribute_time(*_host_spans(plane)) for plane in planes if plane.name == "/host:CPU"]
     return [spent for spent in devices if spent] or host
 
 
-def _device(plane) -> list[Span]:
+def _device_spans(plane) -> list[Span]:
     """A TPU has a line of its instructions; a GPU a line for each stream, and names them in the kernels' statistics."""
     lines = list(plane.lines)
     lines = [line for line in lines if line.name == "XLA Ops"] or lines
     spans = []
     for line in lines:
         for event in line.events:
-            name = dict(event.stats).get("hlo_op") or (line.name == "XLA Ops" and _named(event.name))
+            name = dict(event.stats).get("hlo_op") or (line.name == "XLA Ops" and _instruction_name(event.name))
             if name:
                 spans.append(Span(line.name, event.start_ns, event.end_ns, name))
     return spans
 
 
-def _named(text: str) -> str:
+def _instruction_name(text: str) -> str:
     return re.match(r"%?([\w.-]*)", text)[1]
 
 
-def _host(plane) -> tuple[list[Span], list[Handed]]:
+def _host_spans(plane) -> tuple[list[Span], list[Handover]]:
     spans, handed = [], []
     for line in plane.lines:
         begun = None
         for event in sorted(line.events, key=lambda event: event.start_ns):
             kind = event.name.removeprefix("ThreadpoolListener::")
             if kind == "Record":
-                handed.append(Handed(line.name, event.start_ns, dict(event.stats)["_p"]))
+                handed.append(Handover(line.name, event.start_ns, dict(event.stats)["_p"]))
             elif kind == "StartRegion":
                 begun = event.start_ns, dict(event.stats)["_c"]
             elif kind == "StopRegion" and begun:

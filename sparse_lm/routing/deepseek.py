@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sparse_lm import config as configs
-from sparse_lm.errors import UserError, nearest
+from sparse_lm.errors import UserError, suggest
 from sparse_lm.routing.choice import Routing
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.losses import load_balancing_loss
@@ -59,7 +59,7 @@ class DeepSeek(LearnedRouter):
         sequence_loss: float = 0.0001,
     ):
         if score not in LOG_SCORES:
-            raise UserError(f"model.router.options.score is {score!r}{nearest(score, LOG_SCORES)}")
+            raise UserError(f"model.router.options.score is {score!r}{suggest(score, LOG_SCORES)}")
         _check_groups(model, groups, groups_kept)
         super().__init__(model, rngs)
         self.log_scores, self.normalize, self.scale = LOG_SCORES[score], sum_to_1(model, normalize), scale

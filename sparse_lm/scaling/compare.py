@@ -8,11 +8,11 @@ from typing import Any
 from etils import epath
 
 from sparse_lm.config import Config, resolve
-from sparse_lm.cost.twin import twin
+from sparse_lm.cost.twin import dense_twin
 from sparse_lm.errors import UserError
-from sparse_lm.scaling.learning_rate import best_learning_rate, with_learning_rate
-from sparse_lm.scaling.outcome import SPLIT, finished_run, outcome
-from sparse_lm.scaling.report import write
+from sparse_lm.scaling.learning_rate import find_best_learning_rate, with_learning_rate
+from sparse_lm.scaling.outcome import SPLIT, compare_sides, load_finished_run
+from sparse_lm.scaling.report import write_report
 
 log = logging.getLogger("sparse_lm")
 
@@ -40,12 +40,12 @@ def compare(
     config = resolve(config)
     if SPLIT not in config.evaluation.splits:
         raise UserError(f"evaluation.splits is {config.evaluation.splits}; a comparison needs {SPLIT!r} among them")
-    sides = {"dense": twin(config), "sparse": config}
+    sides = {"dense": dense_twin(config), "sparse": config}
     swept = None
     if sweep:
         swept = {}
         for side, of in sides.items():
-            swept[side] = best_learning_rate(of, train, f"{workdir}/sweep/{side}", side)
+            swept[side] = find_best_learning_rate(of, train, f"{workdir}/sweep/{side}", side)
             sides[side] = with_learning_rate(of, swept[side]["best"])
     runs = {side: [] for side in sides}
     for seed in range(seeds):
@@ -53,9 +53,9 @@ def compare(
             log.info("seed %d of %d, %s model", seed + 1, seeds, side)
             folder = f"{workdir}/{side}-seed{seed}"
             train(_with_seed(sides[side], config.training.seed + seed), folder)
-            runs[side].append(finished_run(folder))
-    result = {"config": config.name, "sweep": swept, **outcome(runs, price_per_hour)}
-    write(result, runs, epath.Path(workdir))
+            runs[side].append(load_finished_run(folder))
+    result = {"config": config.name, "sweep": swept, **compare_sides(runs, price_per_hour)}
+    write_report(result, runs, epath.Path(workdir))
     return result
 
 
@@ -65,15 +65,15 @@ def compare_runs(a: str, b: str, workdir: str = "", price_per_hour: float | None
     The sides are called `dense` and `sparse` where one run is of either kind, otherwise `a` and `b`; the first is the
     baseline. Raises `UserError` where a run is not finished, or they are not on the same text.
     """
-    runs = [finished_run(a), finished_run(b)]
+    runs = [load_finished_run(a), load_finished_run(b)]
     names = ["sparse" if run.config.model.sparse else "dense" for run in runs]
     if names[0] == names[1]:
         names = ["a", "b"]
     sides = dict(sorted(zip(names, ([run] for run in runs), strict=True)))  # dense, the baseline, before sparse
     result = {"config": " and ".join(filter(None, (run.config.name for run in runs))), "sweep": None}
-    result |= outcome(sides, price_per_hour)
+    result |= compare_sides(sides, price_per_hour)
     if workdir:
-        write(result, sides, epath.Path(workdir))
+        write_report(result, sides, epath.Path(workdir))
     return result
 
 

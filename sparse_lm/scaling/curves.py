@@ -7,7 +7,7 @@ from typing import Any
 Row = Mapping[str, Any]
 
 
-def curve(rows: Sequence[Row], split: str, along: str) -> tuple[list[float], list[float]]:
+def loss_curve(rows: Sequence[Row], split: str, along: str) -> tuple[list[float], list[float]]:
     """The values of `along` (step, seconds) and the losses of one split, by step, from the rows of eval.jsonl.
 
     A loss that was not finite is stored as null, and infinite here.
@@ -16,7 +16,7 @@ def curve(rows: Sequence[Row], split: str, along: str) -> tuple[list[float], lis
     return [row[along] for row in chosen], [math.inf if row["loss"] is None else row["loss"] for row in chosen]
 
 
-def crossing(x: Sequence[float], loss: Sequence[float], target: float) -> float | None:
+def first_crossing(x: Sequence[float], loss: Sequence[float], target: float) -> float | None:
     """Where the loss first is at or below the target, interpolated linearly between evaluations; None if nowhere.
 
     Where the interpolation has nothing before it (the first evaluation, or one after an infinite loss), it is the place
@@ -36,8 +36,8 @@ def speedup(baseline: Sequence[Row], rows: Sequence[Row], split: str, along: str
 
     Both are read by the same rule: a baseline that was at its final loss before its end is credited with that.
     """
-    x, loss = curve(baseline, split, along)
+    x, loss = loss_curve(baseline, split, along)
     if not loss or math.isinf(loss[-1]):
         return None
-    own, other = crossing(x, loss, loss[-1]), crossing(*curve(rows, split, along), loss[-1])
+    own, other = first_crossing(x, loss, loss[-1]), first_crossing(*loss_curve(rows, split, along), loss[-1])
     return own / other if own and other else None

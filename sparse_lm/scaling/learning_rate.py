@@ -8,7 +8,7 @@ from typing import Any
 
 from sparse_lm.config import Config, resolve
 from sparse_lm.errors import RunFailed
-from sparse_lm.scaling.outcome import SPLIT, finished_run
+from sparse_lm.scaling.outcome import SPLIT, load_finished_run
 
 log = logging.getLogger("sparse_lm")
 
@@ -16,7 +16,9 @@ GRID = (0.5, 1.0, 2.0)  # times the config's learning rate
 EXTENSIONS = 2  # how often the grid grows when its edge is the best
 
 
-def best_learning_rate(config: Config, train: Callable[[Config, str], Any], folder: str, side: str) -> dict[str, Any]:
+def find_best_learning_rate(
+    config: Config, train: Callable[[Config, str], Any], folder: str, side: str
+) -> dict[str, Any]:
     """Trains a config with its own seed at each learning rate of a small grid, and picks the lowest validation loss.
 
     A best at the edge of the grid extends it by a factor of 2, at most twice. A run that fails or ends with a loss that
@@ -30,7 +32,7 @@ def best_learning_rate(config: Config, train: Callable[[Config, str], Any], fold
         run = f"{folder}/learning-rate-{rate:.3g}"
         try:
             train(with_learning_rate(config, rate), run)
-            loss = finished_run(run).loss(SPLIT)
+            loss = load_finished_run(run).loss(SPLIT)
         except RunFailed as error:
             log.warning("%s", error)
             loss = math.nan

@@ -15,7 +15,7 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+def confidence_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
     """Student's t-interval of the mean, [low, high]; None for fewer than two values."""
     n = len(values)
     if n < 2:
@@ -33,7 +33,7 @@ def verdict(differences: Sequence[float]) -> str:
     """
     if not all(map(math.isfinite, differences)):
         return DIVERGED
-    if (bounds := interval(differences)) is None:
+    if (bounds := confidence_interval(differences)) is None:
         return NOT_JUDGED
     low, high = bounds
     return BETTER if high < 0 else WORSE if low > 0 else SAME

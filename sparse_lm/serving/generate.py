@@ -17,7 +17,7 @@ from sparse_lm.mesh import RULES, constrain
 from sparse_lm.models import Context, Functional, functional
 from sparse_lm.serving.sampling import Sampling, sample
 
-SHORTEST = 16  # positions that prompts are padded to at least
+MIN_POSITIONS = 16  # positions that prompts are padded to at least
 
 
 class Generator:
@@ -65,13 +65,13 @@ class Generator:
         if not prompts:
             return
         rows = [[self.end_of_text, *prompt] for prompt in prompts]
-        keys = [_key(seed, row) for seed, row in zip(seeds, rows, strict=True)]
+        keys = [_row_seed(seed, row) for seed, row in zip(seeds, rows, strict=True)]
         parts = 1 if self._mesh is None else math.prod(self._mesh.shape[axis] for axis in RULES["batch"])
-        idle = parts * _power_of_two(-(-len(rows) // parts)) - len(rows)
+        idle = parts * _next_power_of_two(-(-len(rows) // parts)) - len(rows)
         rows, keys = rows + [[self.end_of_text]] * idle, np.array(keys + [0] * idle, np.uint32)
 
         # The first pass takes all but the last token of each prompt; the step that takes that one gives the first new.
-        length = max(SHORTEST, _power_of_two(max(map(len, rows)) - 1))
+        length = max(MIN_POSITIONS, _next_power_of_two(max(map(len, rows)) - 1))
         lengths = np.array([len(row) - 1 for row in rows], np.int32)
         ids = np.array([row[:-1] + [self.end_of_text] * (length - len(row) + 1) for row in rows], np.int32)
         caches = self._run(self._prefill, ids, lengths)
@@ -136,10 +136,10 @@ def cached_logits(
     return logits, caches
 
 
-def _key(seed: int, row: list[int]) -> int:
+def _row_seed(seed: int, row: list[int]) -> int:
     """32 bits that a row's randomness begins with: other ones for another seed, and for another prompt."""
     return zlib.crc32(np.array([seed % 2**63, *row], np.int64).tobytes())
 
 
-def _power_of_two(least: int) -> int:
+def _next_power_of_two(least: int) -> int:
     return 1 << max(least - 1, 0).bit_length()

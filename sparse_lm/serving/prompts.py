@@ -27,12 +27,12 @@ def _read_folder(folder: epath.Path) -> list[tuple[str, str]]:
     files = sorted(folder.glob("*.txt"), key=lambda path: path.name)
     if not files:
         raise UserError(f"there are no prompts: {folder} has no .txt file")
-    return [(path.name, _read(path).removesuffix("\n")) for path in files]
+    return [(path.name, _read_text(path).removesuffix("\n")) for path in files]
 
 
 def _read_jsonl(path: epath.Path, field: str) -> list[tuple[str, str]]:
     prompts = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):  # a JSON string may hold other ends of lines
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):  # a JSON string may hold other ends of lines
         if not line.strip():
             continue
         try:
@@ -49,7 +49,7 @@ def _read_jsonl(path: epath.Path, field: str) -> list[tuple[str, str]]:
     return prompts
 
 
-def _read(path: epath.Path) -> str:
+def _read_text(path: epath.Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -36,7 +36,7 @@ def stream_text(
     yield [decoder.decode(b"", final=True) for decoder in decoders]
 
 
-def beyond_training(tokens: int, length: int) -> str | None:
+def warn_beyond_training(tokens: int, length: int) -> str | None:
     """A warning where prompt and continuation have more tokens than the rows of `length` a model was trained on."""
     if tokens <= length:
         return None
@@ -75,7 +75,7 @@ def generate_folder(
     if writes:
         _write(unfinished, "")  # what can't be written is to be told now, not after the work
     try:
-        rows = _continue(generator, tokenizer, named, seed, batch, progress)
+        rows = _continue_prompts(generator, tokenizer, named, seed, batch, progress)
         if writes:
             _write(unfinished, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             unfinished.replace(out)
@@ -85,7 +85,7 @@ def generate_folder(
     return max(row["prompt_tokens"] + len(row["tokens"]) for row in rows)
 
 
-def _continue(generator, tokenizer, named, seed, batch, progress) -> list[dict]:
+def _continue_prompts(generator, tokenizer, named, seed, batch, progress) -> list[dict]:
     ids = [tokenizer.encode(prompt) for _, prompt in named]
     rows: list[dict] = [{}] * len(named)
     alike = sorted(range(len(named)), key=lambda i: len(ids[i]))  # in length, so that little is padded

@@ -6,7 +6,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from sparse_lm import config as configs
 from sparse_lm import cost
-from sparse_lm.cost.arrays import arrays
+from sparse_lm.cost.arrays import parameter_arrays
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import AXES, RULES
 from sparse_lm.models import functional
@@ -33,7 +33,7 @@ def test_bytes_are_those_of_the_real_state(algorithm, model):
     fns = functional(config.model)
     parameters = jax.eval_shape(fns.init, jax.random.key(0))
     state = jax.eval_shape(make_optimizer(config, fns.axes).init, parameters)
-    counted = cost.memory(config)
+    counted = cost.compute_memory(config)
     assert counted.parameters == counted.gradients == 4 * sum(leaf.size for leaf in jax.tree.leaves(parameters))
     assert counted.optimizer == held(state)
 
@@ -42,12 +42,12 @@ def test_bytes_are_those_of_the_real_state(algorithm, model):
 def test_a_device_holds_its_shard(sizes):
     config, mesh = make(tied_embeddings=False, activation="swiglu"), AbstractMesh(sizes, AXES)
     local = 0
-    for array in arrays(config.model):
+    for array in parameter_arrays(config.model):
         spec = PartitionSpec(*(RULES[axis] or None for axis in array.axes))
         local += math.prod(NamedSharding(mesh, spec).shard_shape(array.shape))
-    assert cost.memory(config, configs.Mesh(*sizes)).parameters == 4 * local
+    assert cost.compute_memory(config, configs.Mesh(*sizes)).parameters == 4 * local
 
 
 def test_an_unknown_optimizer_is_named():
     with pytest.raises(UserError, match="'adamv'.*did you mean 'adamw'"):
-        cost.memory(make("adamv"))
+        cost.compute_memory(make("adamv"))
