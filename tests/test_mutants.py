@@ -62,7 +62,7 @@ MUTANTS = {
         "runs/checkpoints.py", "best = min(steps", "best = max(steps", "runs/test_checkpoints.py"
     ),
     "the last batch of an evaluation is left out": Mutant(
-        "data/corpus.py", "-(-len(chosen) // batch))", "max(1, len(chosen) // batch))", "data/test_corpus.py"
+        "data/corpus.py", "-(-len(interleaved) // batch))", "max(1, len(interleaved) // batch))", "data/test_corpus.py"
     ),
     "an exchange buffer in evaluation": Mutant(
         "models/expert_layer.py",
