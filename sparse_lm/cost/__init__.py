@@ -1,4 +1,4 @@
-"""What a config costs: parameters, FLOPs, bytes. Of shapes alone; nothing is allocated."""
+"""Counts parameters, FLOPs and bytes of a config from shapes alone; allocates nothing."""
 
 from sparse_lm.cost.flops import count_flops as count_flops
 from sparse_lm.cost.flops import optimizer_flops as optimizer_flops

@@ -1,4 +1,4 @@
-"""Every parameter array of a model by logical layer, as the modules themselves declare it."""
+"""The parameter arrays of a model by layer, as the modules declare them."""
 
 import dataclasses
 import math
@@ -12,15 +12,15 @@ from sparse_lm.mesh import RULES
 from sparse_lm.models import functional
 from sparse_lm.parameter import Axes, is_hidden_matrix, key_names
 
-# The part that an array counts for, by a name in its path; the first that is found. Norms are named by their parent.
+# The part of an array is the first of these names in its path. Other arrays are norms.
 PARTS = ("router", "experts", "shared", "attention", "feed_forward", "embedding", "output")
 
 
 @dataclass(frozen=True)
 class ParameterArray:
-    """One parameter array of one layer (None: outside the layers)."""
+    """One parameter array of one layer."""
 
-    layer: int | None
+    layer: int | None  # None: outside the layers
     path: tuple[str, ...]  # within the layer
     axes: Axes
     shape: tuple[int, ...]
@@ -36,20 +36,19 @@ class ParameterArray:
         return math.prod(self.shape)
 
     @property
-    def matrix(self) -> tuple[int, int]:
-        """Inputs and outputs of the matrix, of one expert or block where there are several; heads and their width are
-        one."""
+    def matrix_shape(self) -> tuple[int, int]:
+        """Inputs and outputs of the matrix, or of one expert's or block's; heads and head width are one axis."""
         shape = self.shape[1:] if self.axes[0] in ("experts", "blocks") else self.shape
-        inputs = 1 if self.axes[0] != "heads" else 2
-        return math.prod(shape[:inputs]), math.prod(shape[inputs:])
+        input_axes = 1 if self.axes[0] != "heads" else 2
+        return math.prod(shape[:input_axes]), math.prod(shape[input_axes:])
 
     @property
     def orthogonalised(self) -> bool:
-        """Whether Muon's update of it is orthogonal."""
+        """Whether Muon orthogonalises its update."""
         return is_hidden_matrix(self.axes)
 
-    def on_device(self, mesh: Mesh) -> "Array":
-        """What one device of a mesh, whose sizes are all given, holds of it; a ragged division is rounded up."""
+    def shard(self, mesh: Mesh) -> "ParameterArray":
+        """Returns the part on one device of a mesh without -1; sizes are rounded up."""
         shape = (
             -(-n // math.prod(getattr(mesh, m) for m in RULES[axis]))
             for axis, n in zip(self.axes, self.shape, strict=True)
@@ -58,17 +57,17 @@ class ParameterArray:
 
 
 def parameter_arrays(model: Model) -> Iterator[ParameterArray]:
-    """The arrays of a resolved model, those of each layer together."""
+    """Yields the arrays of a resolved model."""
     fns = functional(model)
     axes = dict(_named_leaves(fns.axes, is_leaf=lambda a: isinstance(a, tuple)))
     for path, leaf in _named_leaves(fns.shapes):
         if path[0] not in ("prefix", "period"):
             yield ParameterArray(None, path, axes[path], leaf.shape)
             continue
-        part, place, *inside = path
+        part, place, *path_in_layer = path
         stacked = part == "period"
         for layer in fns.stack.layer_numbers(part, place):
-            yield ParameterArray(layer, tuple(inside), axes[path][stacked:], leaf.shape[stacked:])
+            yield ParameterArray(layer, tuple(path_in_layer), axes[path][stacked:], leaf.shape[stacked:])
 
 
 def _named_leaves(tree, **options) -> list[tuple[tuple, object]]:

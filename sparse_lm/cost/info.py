@@ -1,4 +1,4 @@
-"""What a config costs, as text: `sparse-lm info`. Arithmetic alone, so a trillion parameters take no time."""
+"""The text of `sparse-lm info`: parameters, FLOPs and memory of a config."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from sparse_lm.experts.auto import executor_name
 from sparse_lm.models.expert_layer import router_of
 from sparse_lm.stack import decoder_stack
 
-PLATFORM = "cpu"  # where executed FLOPs are counted for
+PLATFORM = "cpu"  # for which executed FLOPs are counted
 
 
 def format_quantity(value: float, unit: str = "") -> str:
-    """Three digits with a prefix: 1.57 T, 223 M; a number without a unit has B for 10⁹, one with a unit G (12.3 GB)."""
+    """Formats three digits with a prefix: 1.57 T, 223 M. 10⁹ is B without a unit and G with one: 12.3 GB."""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * size:
             shown = value / size
@@ -23,16 +23,16 @@ def format_quantity(value: float, unit: str = "") -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first aligned to the left and the others to the right."""
+    """Aligns columns of text, the first to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
 def info_table(config: Config) -> str:
-    """Parameters, FLOPs per token, memory and layers of a resolved config, for a terminal.
+    """Formats parameters, FLOPs per token, memory and layers of a resolved config.
 
-    A mesh axis of -1 counts as 1: how many devices there will be, a config does not say.
+    A mesh axis of -1 counts as 1, since the number of devices is unknown.
     """
     model, length = config.model, config.data.length
     counted, cost = count_parameters(model), count_flops(model, length, PLATFORM)
@@ -59,18 +59,18 @@ def _flops_table(cost: Flops, model: Model, length: int) -> str:
         rows.insert(
             2, ("  of it the routers", format_quantity(cost.router / 3, "FLOP"), format_quantity(cost.router, "FLOP"))
         )
-    what = ["work per element", f"all {length} keys for each query"]
+    counted = ["work per element", f"all {length} keys for each query"]
     if model.experts:
         router = router_of(model)
         name = executor_name(model, router.form, PLATFORM)
         if not router.skips_layers:
-            what += [f"executor {name}" + " (auto, on a CPU)" * (model.executor == "auto")]
+            counted += [f"executor {name}" + " (auto, on a CPU)" * (model.executor == "auto")]
         if name != "grouped":
             factor, size = model.capacity_factor, model.group_size
-            what += [f"places at a capacity factor of {factor:g} in groups of {size} tokens"]
-        what += ["dispatch and combine masks"] * (name == "einsum")
-    what += ["layers computed again in the backward pass"] * (model.remat == "full")
-    return f"{format_table(rows)}\nexecuted, without the optimizer: {', '.join(what)}"
+            counted += [f"places at a capacity factor of {factor:g} in groups of {size} tokens"]
+        counted += ["dispatch and combine masks"] * (name == "einsum")
+    counted += ["layers computed again in the backward pass"] * (model.remat == "full")
+    return f"{format_table(rows)}\nexecuted, without the optimizer: {', '.join(counted)}"
 
 
 def _memory_table(config: Config, mesh: Mesh) -> str:
@@ -86,10 +86,10 @@ def _memory_table(config: Config, mesh: Mesh) -> str:
 def _layers_table(model: Model, counted: Parameters, cost: Flops) -> str:
     rows = [("layers", "attention", "feed-forward", "active", "model FLOPs", "executed FLOPs")]
     rows.append(("embedding", "", "", format_quantity(counted.embedding), "0", "0"))
-    alike: dict[str, list[int]] = {}
+    layers_by_spec: dict[str, list[int]] = {}
     for layer, spec in enumerate(decoder_stack(model).layers):
-        alike.setdefault(repr(spec), []).append(layer)
-    for layers in alike.values():
+        layers_by_spec.setdefault(repr(spec), []).append(layer)
+    for layers in layers_by_spec.values():
         one, parts = count_parameters(model, layers[0]), [part for part in cost.parts if part.layer == layers[0]]
         dense = format_quantity(one.feed_forward)
         rows.append(
@@ -108,14 +108,14 @@ def _layers_table(model: Model, counted: Parameters, cost: Flops) -> str:
 
 
 def format_ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers in short: "0–3", "1, 3 … 23", "0–1, 3, 5"."""
+    """Abbreviates ascending numbers: "0–3", "1, 3 … 23", "0–1, 3, 5"."""
     step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
     if list(numbers) == list(range(numbers[0], numbers[-1] + 1, step)) and step > 1 and len(numbers) > 3:
         return f"{numbers[0]}, {numbers[1]} … {numbers[-1]}"
-    runs: list[list[int]] = []
+    ranges: list[list[int]] = []
     for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
+        if ranges and n == ranges[-1][-1] + 1:
+            ranges[-1].append(n)
         else:
-            runs.append([n])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+            ranges.append([n])
+    return ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 1 else str(r[0]) for r in ranges)

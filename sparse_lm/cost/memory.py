@@ -1,7 +1,7 @@
-"""Bytes that hold parameters, gradients and optimizer state, together and on one device.
+"""Bytes of parameters, gradients and optimizer state, in total and on one device.
 
-Parameters, their gradients and the optimizer's state are float32 whatever the model computes in. Activations are not
-counted: they depend on what the compiler keeps, and it is the compiler that reports them.
+All three are float32, whatever the model computes in. Activations are not counted: they depend on the compiler, which
+reports them.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from sparse_lm.cost.arrays import ParameterArray, parameter_arrays
 from sparse_lm.registry import lookup
 
 FLOAT32 = 4  # bytes
-FACTORED_FROM = 128  # entries that both of an array's largest dimensions have where Adafactor factors its moments
+FACTORED_FROM = 128  # Adafactor factors the moments of arrays whose two largest dimensions are at least this
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,21 @@ class Memory:
 
 
 def compute_memory(config: Config, mesh: Mesh | None = None) -> Memory:
-    """Memory of a resolved config's training state in bytes: of all of it once, or of one device's part of a mesh
-    whose sizes are all given.
+    """Computes the memory of the training state of a resolved config.
 
-    Raises `UserError` for an unknown optimizer.
+    Args:
+        config: whose model and optimizer are counted.
+        mesh: without -1, to count one device's part; None: to count the whole state once.
+
+    Raises:
+        UserError: for an unknown optimizer.
     """
-    state = lookup("optimizer.algorithm.name", STATE_SIZES, config.optimizer.algorithm.name)
+    state_size = lookup("optimizer.algorithm.name", STATE_SIZES, config.optimizer.algorithm.name)
     parameters = optimizer = 0
     for array in parameter_arrays(config.model):
-        local = array.on_device(mesh) if mesh else array
+        local = array.shard(mesh) if mesh else array
         parameters += local.size
-        optimizer += state(array, local)
+        optimizer += state_size(array, local)
     return Memory(FLOAT32 * parameters, FLOAT32 * parameters, FLOAT32 * optimizer)
 
 
@@ -51,13 +55,13 @@ def _muon(array: ParameterArray, local: ParameterArray) -> int:
 
 
 def _adafactor(array: ParameterArray, local: ParameterArray) -> int:
-    """In the second moment's place its means over each of the two largest dimensions, where both are large enough."""
-    lead = array.axes[0] in ("experts", "blocks")
-    dimensions = sorted(range(lead, len(array.shape)), key=lambda i: array.shape[i])[-2:]
+    """Counts the means of the second moment over each of the two largest dimensions, if both are large enough."""
+    first = array.axes[0] in ("experts", "blocks")
+    dimensions = sorted(range(first, len(array.shape)), key=lambda i: array.shape[i])[-2:]
     if len(dimensions) == 2 and array.shape[dimensions[0]] >= FACTORED_FROM:
         return sum(local.size // local.shape[i] for i in dimensions)
     return local.size
 
 
-# From an array and the part of it on a device to the numbers of state that the device keeps for it.
+# Functions of an array and its part on a device, which count the entries of optimizer state on the device.
 STATE_SIZES = {"adamw": _adam, "adafactor": _adafactor, "muon": _muon}

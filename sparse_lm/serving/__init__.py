@@ -1,4 +1,4 @@
-"""Continuing text with a trained model."""
+"""Generates text with a trained model."""
 
 from sparse_lm.serving.generate import Generator as Generator
 from sparse_lm.serving.sampling import Sampling as Sampling
