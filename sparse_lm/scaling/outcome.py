@@ -1,4 +1,4 @@
-"""What finished runs of two sides say about each other: `comparison.json`."""
+"""Compares the finished runs of two sides: the content of `comparison.json`."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from sparse_lm.runs.folder import read_config, read_rows, read_summary
 from sparse_lm.scaling.curves import speedup
 from sparse_lm.scaling.statistics import NOT_RANKED, confidence_interval, mean, verdict
 
-SPLIT = "validation"  # where speedups are read
+SPLIT = "validation"  # for speedups
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Run:
     curve: list[dict[str, Any]]  # the rows of eval.jsonl
 
     def loss(self, split: str) -> float:
-        """Final loss in nats per token; NaN where it was not finite."""
+        """Returns the final loss in nats per token; NaN if it is not finite."""
         loss = self.summary["evaluation"][split]["loss"]
         return math.nan if loss is None else loss
 
 
 def load_finished_run(path: epath.PathLike) -> Run:
-    """The run in a folder. Raises `UserError` where there is none, or none that is finished."""
+    """Loads the run in a folder. Raises `UserError` if there is none, or it is not finished."""
     config, summary = read_config(path), read_summary(path)
     if summary is None:
         raise UserError(f"the run in {path} is not finished; the train command that began it goes on with it")
@@ -42,14 +42,17 @@ def load_finished_run(path: epath.PathLike) -> Run:
 
 
 def compare_sides(sides: dict[str, Sequence[Run]], price_per_hour: float | None = None) -> dict[str, Any]:
-    """Compares two sides of as many runs each, the baseline first; run i of both is one pair (one seed).
+    """Compares two sides with the same number of runs.
 
-    price_per_hour: of all devices of a run together, in any currency; adds the `cost` of one run of each side.
+    If the routing of the sides looks ahead differently (`routing.leak`), their losses are not of the same task: there
+    are no verdicts and no speedups.
 
-    Where the routing of one side looks ahead (`routing.leak`) and the other's does not, or in another way, their losses
-    are not of the same task: no verdict, no speedup.
+    Args:
+        sides: runs by name of the side, the baseline first; run i of each side has the same seed.
+        price_per_hour: of all devices of a run together, in any currency; adds the `cost` of one run of each side.
 
-    Raises `UserError` where the runs were not trained and evaluated on the same text.
+    Raises:
+        UserError: if the runs were not trained and evaluated on the same text.
     """
     (first, baseline), (second, runs) = sides.items()
     pairs = list(zip(baseline, runs, strict=True))
@@ -57,7 +60,7 @@ def compare_sides(sides: dict[str, Sequence[Run]], price_per_hour: float | None 
     splits = [split for split in baseline[0].summary["evaluation"] if split in runs[0].summary["evaluation"]]
     same_task = _leak(baseline[0]) == _leak(runs[0])
     differences = {split: [run.loss(split) - base.loss(split) for base, run in pairs] for split in splits}
-    of_pairs = lambda measure: [measure(b, r) if same_task else None for b, r in pairs]
+    measure_pairs = lambda measure: [measure(b, r) if same_task else None for b, r in pairs]
     return {
         "sides": [first, second],
         "seeds": len(pairs),
@@ -66,9 +69,9 @@ def compare_sides(sides: dict[str, Sequence[Run]], price_per_hour: float | None 
         "devices": baseline[0].summary["devices"],
         first: _summarize_side(baseline, splits, price_per_hour),
         second: _summarize_side(runs, splits, price_per_hour),
-        **_name_statistics("step_speedup", of_pairs(lambda b, r: speedup(b.curve, r.curve, SPLIT, "step"))),
-        **_name_statistics("time_speedup", of_pairs(lambda b, r: speedup(b.curve, r.curve, SPLIT, "seconds"))),
-        **_name_statistics("flops_speedup", of_pairs(_flops_speedup)),
+        **_name_statistics("step_speedup", measure_pairs(lambda b, r: speedup(b.curve, r.curve, SPLIT, "step"))),
+        **_name_statistics("time_speedup", measure_pairs(lambda b, r: speedup(b.curve, r.curve, SPLIT, "seconds"))),
+        **_name_statistics("flops_speedup", measure_pairs(_flops_speedup)),
         "verdicts": {split: verdict(values) if same_task else NOT_RANKED for split, values in differences.items()},
         "differences": {split: _summarize(values) for split, values in differences.items()},
         "config_differences": config_differences(baseline[0].config, runs[0].config),
@@ -76,16 +79,16 @@ def compare_sides(sides: dict[str, Sequence[Run]], price_per_hour: float | None 
 
 
 def config_differences(a: Config, b: Config) -> dict[str, list]:
-    """The fields that could make the runs come out differently, with both values: [a's, b's]."""
+    """Lists the fields that could change the result of a run and differ, with their values [a's, b's]."""
 
-    def flat(config: Config) -> dict[str, Any]:
+    def flatten(config: Config) -> dict[str, Any]:
         rest = {f"{part}.{n}": v for part in ("mesh", "evaluation") for n, v in to_dict(getattr(config, part)).items()}
         fields = identity_fields(config) | rest | {"training.steps": config.training.steps}
         return {n: str(v) if isinstance(v, float) and math.isinf(v) else v for n, v in fields.items()}
 
-    of_a, of_b = flat(a), flat(b)
-    names = list(of_a) + [name for name in of_b if name not in of_a]
-    return {n: [of_a.get(n), of_b.get(n)] for n in names if of_a.get(n) != of_b.get(n)}
+    fields_a, fields_b = flatten(a), flatten(b)
+    values = {n: [fields_a.get(n), fields_b.get(n)] for n in fields_a | fields_b}
+    return {n: pair for n, pair in values.items() if pair[0] != pair[1]}
 
 
 def _check_same_text(runs: Sequence[Run]) -> str:
@@ -131,7 +134,7 @@ def _leak(run: Run) -> str:
 
 
 def _flops_speedup(base: Run, run: Run) -> float | None:
-    """Of the model FLOPs that were trained with, by the step at which the baseline's final loss is reached."""
+    """Computes the ratio of model FLOPs trained with until the baseline's final loss is reached."""
     steps = speedup(base.curve, run.curve, SPLIT, "step")
     return None if steps is None else steps * _model_step_flops(base.config) / _model_step_flops(run.config)
 
@@ -142,8 +145,8 @@ def _model_step_flops(config: Config) -> float:
 
 def _name_statistics(name: str, values: Sequence[float | None]) -> dict[str, Any]:
     """Mean, interval and single values under one name; null where a value is missing."""
-    all_of_it = _summarize(values)
-    return {name: all_of_it["mean"]} | {f"{name}_{key}": all_of_it[key] for key in ("interval", "per_seed")}
+    summary = _summarize(values)
+    return {name: summary["mean"]} | {f"{name}_{key}": summary[key] for key in ("interval", "per_seed")}
 
 
 def _summarize(values: Sequence[float | None]) -> dict[str, Any]:
