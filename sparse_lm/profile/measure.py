@@ -1,4 +1,4 @@
-"""Runs a few steps of a config and finds where their time goes."""
+"""Runs a few training steps of a config and measures the time of each part of the model."""
 
 import statistics
 import tempfile
@@ -22,7 +22,7 @@ from sparse_lm.profile import program, timeline
 from sparse_lm.profile.program import PARTS, REST, Scope
 from sparse_lm.step.build import Build, build
 
-# The part that a name of `cost.flops` belongs to, where it is another.
+# The profile's part for a part of `count_flops`, where the names differ.
 PART_OF_FLOPS = {
     "attention projections": "attention",
     "attention scores": "attention",
@@ -38,8 +38,8 @@ class Row:
     part: str
     forward: float  # seconds
     backward: float  # seconds
-    flops: float  # of matrix products; of the optimizer all
-    bytes: float  # that instructions read and write, as if nothing were cached
+    flops: float  # of matrix products; all FLOPs of the optimizer
+    bytes: float  # read and written, as if nothing were cached
 
     @property
     def seconds(self) -> float:
@@ -48,44 +48,61 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
+    """The time of a step by part.
+
+    Attributes:
+        rows: the parts.
+        idle: seconds of a step in which no instruction runs.
+        step: seconds of a step without the profiler, the sum of the rows and `idle`.
+        profiled: seconds of a step with the profiler.
+        steps: how many were profiled.
+        devices: how many ran them.
+        machine: peaks of one device.
+        dtype: of the products.
+    """
+
     rows: tuple[Row, ...]
-    idle: float  # seconds of a step in which no instruction runs
-    step: float  # seconds of a step without the profiler, the sum of the rows and `idle`
-    profiled: float  # seconds of a step with the profiler
-    steps: int  # profiled
+    idle: float
+    step: float
+    profiled: float
+    steps: int
     devices: int
-    machine: Machine  # peaks of one device
-    dtype: str  # of the products
+    machine: Machine
+    dtype: str
 
     def roofline(self, row: Row) -> float:
-        """Seconds that the machine's peaks allow for a part."""
+        """Computes the least seconds of a part at the machine's peaks."""
         return max(row.flops / self.machine.peak_flops(self.dtype), row.bytes / self.machine.bandwidth)
 
 
 def profile_steps(config: configs.Config, steps: int = 5, trace: str = "") -> Profile:
-    """Profiles training steps of a resolved config on random tokens, on all devices of this process.
+    """Profiles training steps on random tokens, on all devices of this process.
 
-    trace: a folder that the trace is left in, for TensorBoard's profiler or Perfetto; "": none is left.
+    Args:
+        config: resolved.
+        steps: how many to profile.
+        trace: a folder to keep the trace in, for TensorBoard's profiler or Perfetto; "": none is kept.
 
-    Raises `UserError` for a number of steps below 1, a trace folder that is a file, and what `build` raises it for.
+    Raises:
+        UserError: for less than 1 step, a trace folder that is a file, or a config that `build` refuses.
     """
     if steps < 1:
         raise UserError(f"--steps is {steps}; at least 1 step has to be profiled")
     folder = Path(trace)
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"--trace is {trace}, but {there} is a file; it has to be a folder, made where there is none")
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not parent.is_dir():
+        raise UserError(f"--trace is {trace}, but {parent} is a file; it has to be a folder, made where there is none")
     built = build(config, make_mesh(config.mesh))
     compiled = built.step.lower(built.abstract_state, built.abstract_batch).compile()
     step = _make_step(built, compiled)
-    run = lambda: [step() for _ in range(steps)]
-    run()  # the first steps are slower
-    plain = run()
+    time_steps = lambda: [step() for _ in range(steps)]
+    time_steps()  # the first steps are slower
+    plain = time_steps()
     with tempfile.TemporaryDirectory() as scratch:
         with jax.profiler.trace(trace or scratch, profiler_options=_profiler_options()):
-            profiled = run()
+            profiled = time_steps()
         spent = timeline.read_trace(trace or scratch)
-    plain += run()  # on both sides, so that a machine that slows down on the way tells on both alike
+    plain += time_steps()  # before and after, so that a machine that slows down affects both alike
     device, devices = built.mesh.devices.flat[0], built.mesh.size
     peaks = find_machine(device.device_kind) or measure_machine(devices if device.platform == "cpu" else 1)
     return _summarize(
@@ -95,12 +112,12 @@ def profile_steps(config: configs.Config, steps: int = 5, trace: str = "") -> Pr
 
 def _profiler_options() -> jax.profiler.ProfileOptions:
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # Python's own calls tell nothing here, and slow it down
+    options.python_tracer_level = 0  # Python's calls are not needed, and slow the step down
     return options
 
 
 def _make_step(built: Build, compiled: Callable) -> Callable[[], float]:
-    """A function that runs the next step and returns its seconds."""
+    """Makes a function that runs the next step and returns its seconds."""
     batch, state = random_batch(built), built.init()
 
     def step() -> float:
@@ -114,7 +131,7 @@ def _make_step(built: Build, compiled: Callable) -> Callable[[], float]:
 
 
 def random_batch(built: Build) -> dict[str, Any]:
-    """A step's batch: full rows of random tokens, one document each."""
+    """Makes the batch of a step: full rows of random tokens, one document each."""
     config = built.config
     rows, length = config.training.batch, config.data.length
     ids = np.random.default_rng(config.training.seed).integers(0, config.model.vocabulary, (rows, length + 1))
@@ -126,12 +143,15 @@ def random_batch(built: Build) -> dict[str, Any]:
         "bytes": np.full(rows, length),
     }
     placed = {k: jax.device_put(v.astype(np.int32), built.abstract_batch[k].sharding) for k, v in batch.items()}
-    return {name: placed.get(name, placed) for name in built.abstract_batch}  # the same again for `AHEAD`
+    return {name: placed.get(name, placed) for name in built.abstract_batch}  # the entry `AHEAD` is a batch too
 
 
 def measure_machine(devices: int) -> Machine:
-    """What one of some devices that share this machine reaches: a product of matrices of float32, 1,024 × 1,024, and
-    256 MB read and written in their place (fresh memory would be the system's to hand out, and slow). The best of some.
+    """Measures this machine: FLOP/s of a float32 product of 1,024 × 1,024 matrices, and bytes/s of updating 256 MB in
+    place (fresh memory would be slow, since the system clears it). The best of several runs counts.
+
+    Args:
+        devices: how many share the machine; the peaks are divided by it.
     """
     square, large = jnp.ones((1024, 1024)), jnp.ones(2**26)
     size = large.nbytes
@@ -141,7 +161,7 @@ def measure_machine(devices: int) -> Machine:
 
 
 def _shortest_run(function: Callable, value: jax.Array, rounds: int) -> float:
-    """The least seconds of a run of function on what it returned before."""
+    """Returns the least seconds of a run of `function` on its last result."""
     seconds = []
     for _ in range(rounds + 1):  # the first compiles
         start = time.perf_counter()
@@ -160,7 +180,7 @@ def _summarize(
     devices: int,
     peaks: Machine,
 ) -> Profile:
-    """The parts' shares of the profiled time are applied to a step without the profiler: it slows all parts down."""
+    """Applies the parts' shares of the profiled time to a step without the profiler, which slows all parts down."""
     step = statistics.median(plain)
     busy = max((sum(device.values()) for device in spent), default=0.0)
     scale = step / max(sum(profiled) * 1e9, busy) / max(len(spent), 1)
@@ -184,7 +204,7 @@ def _summarize(
 
 
 def flops_by_part(config: configs.Config, platform: str = "cpu") -> dict[str, float]:
-    """Of a step on all devices, by part. The work per element is in no part: it is the bytes that bound it."""
+    """Counts the FLOPs of a step on all devices by part, without work per element, which bytes bound."""
     tokens = config.training.batch * config.data.length
     count: dict[str, float] = defaultdict(float)
     for part in count_flops(config.model, config.data.length, platform).parts:

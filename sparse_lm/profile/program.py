@@ -1,8 +1,8 @@
-"""From the text of a compiled program to the part of the model that an instruction belongs to, and the bytes it moves.
+"""Finds the part of the model that each instruction of a compiled program belongs to, and the bytes it moves.
 
-The model and the step name their parts by `jax.named_scope`. The names come through differentiation and compilation in
-each instruction's metadata: op_name="jit(step)/transpose(jvp(attention))/dot_general" is a product of attention's
-backward pass.
+The model and the step name their parts by `jax.named_scope`. Differentiation and compilation keep the names in each
+instruction's metadata: op_name="jit(step)/transpose(jvp(attention))/dot_general" is a product in the backward pass of
+attention.
 """
 
 import math
@@ -49,7 +49,7 @@ class Instruction:
 
     @property
     def trip_count(self) -> int:
-        """How often a loop runs; 1 where the compiler does not know it."""
+        """How often a loop runs; 1 if the compiler does not know it."""
         found = re.search(r'known_trip_count":\{"n":"(\d+)"', self.arguments)
         return int(found[1]) if found else 1
 
@@ -62,43 +62,42 @@ class Computation:
     def root(self) -> Instruction:
         return next(i for i in self.instructions.values() if i.root)
 
-    def users(self, of: Instruction) -> list[Instruction]:
-        return [i for i in self.instructions.values() if of in i.operands]
+    def users(self, operand: Instruction) -> list[Instruction]:
+        return [i for i in self.instructions.values() if operand in i.operands]
 
 
 @dataclass(frozen=True)
 class Program:
-    places: dict[str, Scope]  # of each instruction, by its name
-    bytes: dict[Scope, float]  # moved by all instructions of a place, per run of the program on one device
+    scopes: dict[str, Scope]  # of each instruction, by its name
+    bytes: dict[Scope, float]  # that the instructions of a scope move, per run of the program on one device
 
 
 def read_program(text: str) -> Program:
-    """Reads what `jax.stages.Compiled.as_text` gives.
+    """Reads the text of `jax.stages.Compiled.as_text`.
 
-    Bytes are those of each instruction's operands and results, as if no cache lay between instructions: an upper bound.
-    Of an operand that is only sliced the slices count, of a result that is updated in place the update, and of a loop's
-    body all rounds.
+    Bytes are those of each instruction's operands and results: an upper bound without caches. Only the slices of an
+    operand that is sliced count, only the update of a result that is updated in place, and all iterations of a loop.
     """
     computations, entry = parse_computations(text)
-    places: dict[str, Scope] = {}
+    scopes: dict[str, Scope] = {}
     for computation in computations.values():
-        places |= _assign_scopes(computation)
+        scopes |= _assign_scopes(computation)
     moved: dict[Scope, float] = defaultdict(float)
 
-    def run(computation: Computation, times: int) -> None:
+    def count(computation: Computation, times: int) -> None:
         for instruction in computation.instructions.values():
             if instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
-                moved[places[instruction.name]] += times * memory_traffic(instruction)
+                moved[scopes[instruction.name]] += times * memory_traffic(instruction)
             if instruction.opcode in ("while", "conditional", "call"):
                 for called in instruction.called:
-                    run(called, times * instruction.trip_count)
+                    count(called, times * instruction.trip_count)
 
-    run(entry, 1)
-    return Program(places, dict(moved))
+    count(entry, 1)
+    return Program(scopes, dict(moved))
 
 
 def parse_computations(text: str) -> tuple[dict[str, Computation], Computation]:
-    """The computations of a module by name, and its entry."""
+    """Parses the computations of a module by name, and its entry."""
     computations: dict[str, Computation] = {}
     entry = current = Computation()
     for line in text.splitlines():
@@ -106,17 +105,17 @@ def parse_computations(text: str) -> tuple[dict[str, Computation], Computation]:
             current = computations[found[2]] = Computation()
             entry = current if found[1] else entry
         elif found := re.match(r"\s+(ROOT )?%?([\w.-]+) = (.*?)(?<=[\])}]) ([a-z][\w-]*)\((.*)", line):
-            root, name, kind, opcode, arguments = found.groups()
+            root, name, result, opcode, arguments = found.groups()
             operands = re.findall(r"%([\w.-]+)", arguments.split("), ", 1)[0])
-            named = re.findall(r"%([\w.-]+)", arguments)
+            references = re.findall(r"%([\w.-]+)", arguments)
             current.instructions[name] = Instruction(
                 name,
                 opcode,
-                tuple(_parse_array(*array) for array in re.findall(r"(pred|[a-z]+\d\w*)\[([\d,]*)\]", kind)),
+                tuple(_parse_array(*array) for array in re.findall(r"(pred|[a-z]+\d\w*)\[([\d,]*)\]", result)),
                 arguments,
                 bool(root),
                 tuple(current.instructions[n] for n in operands if n in current.instructions),
-                tuple(computations[n] for n in named if n in computations),
+                tuple(computations[n] for n in references if n in computations),
             )
     return computations, entry
 
@@ -127,7 +126,8 @@ def _parse_array(dtype: str, shape: str) -> tuple[float, int]:
 
 
 def _assign_scopes(computation: Computation) -> dict[str, Scope]:
-    """The place of each instruction. One that the compiler made, a copy say, goes with its user, or what it uses."""
+    """Finds the scope of each instruction. One that the compiler added, such as a copy, gets that of its first user or
+    operand with a scope."""
     found = {name: _vote_scope(instruction) for name, instruction in computation.instructions.items()}
     users = defaultdict(list)
     for instruction in computation.instructions.values():
@@ -137,17 +137,17 @@ def _assign_scopes(computation: Computation) -> dict[str, Scope]:
         found[name] = found[name] or next((found[user] for user in users[name] if found[user]), None)
     for name, instruction in computation.instructions.items():
         found[name] = found[name] or next((found[o.name] for o in instruction.operands if found[o.name]), None)
-    return {name: place or Scope(REST, False) for name, place in found.items()}
+    return {name: scope or Scope(REST, False) for name, scope in found.items()}
 
 
 def _vote_scope(instruction: Instruction) -> Scope | None:
-    """By most of the work in it, where it has other instructions inside: a fusion bears the name of its last one."""
+    """Finds the scope of most of the work in an instruction. The op_name of a fusion is only that of its last one."""
     votes: Counter[Scope] = Counter()
 
-    def vote(one: Instruction) -> None:
-        if place := parse_scope(one.op_name):
-            votes[place] += _estimate_work(one)
-        for called in one.called:
+    def vote(part: Instruction) -> None:
+        if scope := parse_scope(part.op_name):
+            votes[scope] += _estimate_work(part)
+        for called in part.called:
             for inner in called.instructions.values():
                 vote(inner)
 
@@ -156,7 +156,7 @@ def _vote_scope(instruction: Instruction) -> Scope | None:
 
 
 def parse_scope(op_name: str) -> Scope | None:
-    """The innermost part that an op_name mentions; REST where it mentions none, None where it says nothing."""
+    """Finds the innermost part in an op_name; REST if there is none, None for an op_name that is no path of scopes."""
     if "/" not in op_name:
         return None
     words = re.split(r"[/();]+", op_name)
@@ -164,7 +164,7 @@ def parse_scope(op_name: str) -> Scope | None:
 
 
 def _estimate_work(instruction: Instruction) -> float:
-    """In proportion to FLOPs; never 0, so that it has a vote."""
+    """Estimates work in proportion to FLOPs; never 0, so that every instruction has a vote."""
     operands = instruction.operands
     if instruction.opcode in ("dot", "ragged-dot", "convolution") and len(operands) > 1:
         return math.sqrt(operands[0].elements * operands[1].elements * instruction.elements)
@@ -174,17 +174,17 @@ def _estimate_work(instruction: Instruction) -> float:
 
 
 def memory_traffic(instruction: Instruction) -> float:
-    """Bytes that one run of an instruction reads and writes."""
-    inside = instruction.called[0] if instruction.opcode == "fusion" and instruction.called else None
-    if inside is None:
+    """Counts the bytes that one run of an instruction reads and writes."""
+    fused = instruction.called[0] if instruction.opcode == "fusion" and instruction.called else None
+    if fused is None:
         reads = sum(_bytes_read(o, [instruction]) for o in instruction.operands)
         return reads + _bytes_written(instruction)
-    parameters = [i for i in inside.instructions.values() if i.opcode == "parameter"]
-    return sum(_bytes_read(p, inside.users(p)) for p in parameters) + _bytes_written(inside.root)
+    parameters = [i for i in fused.instructions.values() if i.opcode == "parameter"]
+    return sum(_bytes_read(p, fused.users(p)) for p in parameters) + _bytes_written(fused.root)
 
 
 def _bytes_read(array: Instruction, users: list[Instruction]) -> float:
-    """Bytes read of an array: of its slices alone where it is only sliced, none where a part of it is replaced."""
+    """Counts the bytes read of an array: only those of its slices if it is sliced, none if a part of it is replaced."""
     read = 0.0
     for user in users:
         if user.operands[:1] == (array,) and user.opcode in SLICING:

@@ -1,4 +1,4 @@
-"""A profile as text, for a terminal of 110 columns."""
+"""Formats a profile for a terminal of 110 columns."""
 
 import textwrap
 from collections.abc import Callable
@@ -24,7 +24,7 @@ HEADER = (
 
 
 def profile_table(profile: Profile) -> str:
-    """Where a step's time goes, next to FLOPs, bytes and what a roofline allows; last, the largest gap in words."""
+    """Formats the time, FLOPs, bytes and roofline of each part of a step, and the largest gap in words."""
     ms = choose_ms_format(profile)
     rows = [row for row in profile.rows if row.seconds or row.bytes]
     total = Row("all", profile.step, 0.0, sum(row.flops for row in rows), sum(row.bytes for row in rows))
@@ -41,7 +41,7 @@ def profile_table(profile: Profile) -> str:
 
 
 def largest_gap(profile: Profile) -> str:
-    """The part that takes longest beyond what its roofline allows, in plain words."""
+    """Describes the part that takes longest beyond its roofline."""
     ms = choose_ms_format(profile)
     row = max(profile.rows, key=lambda row: row.seconds - profile.roofline(row))
     allowed = profile.roofline(row)
@@ -55,7 +55,7 @@ def largest_gap(profile: Profile) -> str:
 
 
 def choose_ms_format(profile: Profile) -> Callable[[float], str]:
-    """From seconds to text in ms, with as many decimals as the length of the profile's step asks for."""
+    """Chooses a function that formats seconds as ms, with more decimals for a shorter step."""
     decimals = 1 + sum(profile.step < limit for limit in (0.02, 0.002))
     return lambda seconds: f"{seconds * 1e3:,.{decimals}f}"
 
