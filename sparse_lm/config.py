@@ -292,8 +292,8 @@ def _check_fit(config: Config) -> None:
     _check_divides("training.batch", training.batch, "training.accumulation", training.accumulation)
     if model.experts:
         tokens = training.batch // training.accumulation * config.data.length
-        what = "the tokens of a microbatch (training.batch / training.accumulation × data.length),"
-        _check_divides(what, tokens, "model.group_size", model.group_size)
+        microbatch = "the tokens of a microbatch (training.batch / training.accumulation × data.length),"
+        _check_divides(microbatch, tokens, "model.group_size", model.group_size)
     if training.anticipation.steps <= (ahead := training.anticipation.ahead):
         raise UserError(
             f"training.anticipation.steps is {training.anticipation.steps}; it must be above "
@@ -301,11 +301,13 @@ def _check_fit(config: Config) -> None:
         )
 
 
-def _check_divides(what: str, value: int, by: str, divisor: int) -> None:
+def _check_divides(value_name: str, value: int, divisor_name: str, divisor: int) -> None:
     """Raises `UserError` unless value is a multiple of divisor, and suggests the nearest divisor."""
     if value % divisor:
-        fitting = nearest_divisor(divisor, value)
-        raise UserError(f"{by} is {divisor}, which does not divide {what} {value}; the nearest that does is {fitting}")
+        fit = nearest_divisor(divisor, value)
+        raise UserError(
+            f"{divisor_name} is {divisor}, which does not divide {value_name} {value}; the nearest that does is {fit}"
+        )
 
 
 def to_dict(config: Any) -> Any:

@@ -77,6 +77,7 @@ def partition_spec(*axes: str | None) -> PartitionSpec:
 
 
 def sharding(mesh: jax.sharding.Mesh, *axes: str | None) -> NamedSharding:
+    """Builds the sharding of an array with these axes over a mesh; see `partition_spec`."""
     return NamedSharding(mesh, partition_spec(*axes))
 
 

@@ -17,8 +17,8 @@ def format_quantity(value: float, unit: str = "") -> str:
     """Formats three digits with a prefix: 1.57 T, 223 M. 10⁹ is B without a unit and G with one: 12.3 GB."""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * size:
-            shown = value / size
-            return f"{shown:.{2 if shown < 9.995 else 1 if shown < 99.95 else 0}f} {prefix}{unit}"
+            scaled = value / size
+            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f} {prefix}{unit}"
     return f"{value:.0f} {unit}".rstrip()
 
 
@@ -74,12 +74,12 @@ def _flops_table(cost: Flops, model: Model, length: int) -> str:
 
 
 def _memory_table(config: Config, mesh: Mesh) -> str:
-    whole, local = compute_memory(config), compute_memory(config, mesh)
+    total, local = compute_memory(config), compute_memory(config, mesh)
     axes = " × ".join(f"{axis} {getattr(mesh, axis)}" for axis in ("data", "fsdp", "expert", "tensor"))
     rows = [("memory, float32", "total", "per device")]
     for part in ("parameters", "gradients", "optimizer", "total"):
         name = f"optimizer ({config.optimizer.algorithm.name})" if part == "optimizer" else part
-        rows.append((name, format_quantity(getattr(whole, part), "B"), format_quantity(getattr(local, part), "B")))
+        rows.append((name, format_quantity(getattr(total, part), "B"), format_quantity(getattr(local, part), "B")))
     return f"{format_table(rows)}\nper device on a mesh of {axes}; activations come on top"
 
 
@@ -90,14 +90,14 @@ def _layers_table(model: Model, counted: Parameters, cost: Flops) -> str:
     for layer, spec in enumerate(decoder_stack(model).layers):
         layers_by_spec.setdefault(repr(spec), []).append(layer)
     for layers in layers_by_spec.values():
-        one, parts = count_parameters(model, layers[0]), [part for part in cost.parts if part.layer == layers[0]]
-        dense = format_quantity(one.feed_forward)
+        counts, parts = count_parameters(model, layers[0]), [part for part in cost.parts if part.layer == layers[0]]
+        dense = format_quantity(counts.feed_forward)
         rows.append(
             (
                 format_ranges(layers),
-                format_quantity(one.attention),
-                f"{model.experts} × {format_quantity(one.experts // model.experts)}" if one.experts else dense,
-                format_quantity(one.active),
+                format_quantity(counts.attention),
+                f"{model.experts} × {format_quantity(counts.experts // model.experts)}" if counts.experts else dense,
+                format_quantity(counts.active),
                 format_quantity(sum(part.model for part in parts), "FLOP"),
                 format_quantity(sum(part.forward for part in parts), "FLOP"),
             )

@@ -72,21 +72,21 @@ class Folder:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            where = f"{path}, line {number}"
+            location = f"{path}, line {number}"
             try:
                 record = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError as e:
-                raise UserError(f"{where}: not UTF-8 at byte {e.start} of the line") from None
+                raise UserError(f"{location}: not UTF-8 at byte {e.start} of the line") from None
             except json.JSONDecodeError as e:
-                raise UserError(f"{where}: not JSON ({e.msg} at column {e.colno})") from None
+                raise UserError(f"{location}: not JSON ({e.msg} at column {e.colno})") from None
             if not isinstance(record, dict):
-                raise UserError(f"{where}: a JSON object was expected, this is a {type(record).__name__}")
+                raise UserError(f"{location}: a JSON object was expected, this is a {type(record).__name__}")
             if self.field not in record:
                 raise UserError(
-                    f"{where}: no field {self.field!r}{suggest(self.field, record)} (set it with ?field=NAME)"
+                    f"{location}: no field {self.field!r}{suggest(self.field, record)} (set it with ?field=NAME)"
                 )
             if not isinstance(text := record[self.field], str):
-                raise UserError(f"{where}: field {self.field!r} is a {type(text).__name__}, not a text")
+                raise UserError(f"{location}: field {self.field!r} is a {type(text).__name__}, not a text")
             # JSON can write halves of surrogate pairs, which are no text.
             yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

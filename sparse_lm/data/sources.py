@@ -39,9 +39,9 @@ def parse_sources(specs: tuple[str, ...]) -> list[Source]:
     sources = []
     for spec in specs:
         source = _parse_source(spec)
-        taken = {other.name for other in sources}
+        names = {other.name for other in sources}
         name, n = source.name, 2
-        while name in taken:
+        while name in names:
             name, n = f"{source.name}_{n}", n + 1
         sources.append(Source(name, source.reader, source.weight, source.max_epochs))
     return sources

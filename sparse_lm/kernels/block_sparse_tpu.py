@@ -129,8 +129,8 @@ def _gradient_kernel(rows, columns, x, gradient, result, total, *, tokens: int):
 
     left, right = x[...], gradient[...]
     if tokens % len(left):  # rows past the last token are undefined, maybe NaN
-        inside = i * len(left) + jax.lax.broadcasted_iota(jnp.int32, left.shape, 0) < tokens
-        left, right = jnp.where(inside, left, 0), jnp.where(inside, right, 0)
+        valid = i * len(left) + jax.lax.broadcasted_iota(jnp.int32, left.shape, 0) < tokens
+        left, right = jnp.where(valid, left, 0), jnp.where(valid, right, 0)
     contract = (((0,), (0,)), ((), ()))
     total[...] += jax.lax.dot_general(left, right, contract, preferred_element_type=jnp.float32)
 

@@ -111,6 +111,7 @@ def _product(x, weights, sizes, aligned: int, transposed: bool):
 def ragged_matmul(
     x: Float[Array, "N D"], weights: Float[Array, "E ..."], sizes: Int[Array, " E"], transposed: bool
 ) -> Float[Array, "N F"]:
+    """Computes `_product` by XLA's ragged product."""
     dimensions = jax.lax.RaggedDotDimensionNumbers((((1,), (2 if transposed else 1,)), ((), ())), [0], [0])
     y = jax.lax.ragged_dot_general(x, weights, sizes, dimensions, preferred_element_type=jnp.float32)
     return _zero_unassigned(y, sizes).astype(x.dtype)
@@ -119,6 +120,7 @@ def ragged_matmul(
 def ragged_outer(
     x: Float[Array, "N D"], gradient: Float[Array, "N F"], sizes: Int[Array, " E"]
 ) -> Float[Array, "E D F"]:
+    """Computes `grouped_outer` by XLA's ragged product."""
     dimensions = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
     x, gradient = _zero_unassigned(x, sizes), _zero_unassigned(gradient, sizes)
     y = jax.lax.ragged_dot_general(x, gradient, sizes, dimensions, preferred_element_type=jnp.float32)

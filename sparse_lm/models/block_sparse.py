@@ -10,7 +10,7 @@ from sparse_lm.parameter import init_matrix
 
 
 class BlockSparse(FeedForward):
-    """Each weight is the blocks of a matrix that `model.layout` keeps, [count, block, block]."""
+    """Each weight is the blocks of a matrix that `model.layout` keeps, [num_blocks, block, block]."""
 
     def __init__(self, model: configs.Model, hidden: int, rngs: nnx.Rngs):
         pair = (model.width, hidden)

@@ -195,7 +195,7 @@ def _summarize(
             seconds[Scope(part, False)],
             seconds[Scope(part, True)],
             count[part] / devices,
-            sum(moved for place, moved in compiled.bytes.items() if place.part == part),
+            sum(moved for scope, moved in compiled.bytes.items() if scope.part == part),
         )
         for part in (*PARTS, REST)
     )

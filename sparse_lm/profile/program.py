@@ -20,6 +20,8 @@ SLICING = ("dynamic-slice", "slice", "gather")
 
 
 class Scope(NamedTuple):
+    """The part of the model that an instruction belongs to, in the forward or the backward pass."""
+
     part: str  # one of PARTS, or REST
     backward: bool
 
@@ -44,14 +46,14 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        found = re.search(r'op_name="([^"]*)"', self.arguments)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.arguments)
+        return match[1] if match else ""
 
     @property
     def trip_count(self) -> int:
         """How often a loop runs; 1 if the compiler does not know it."""
-        found = re.search(r'known_trip_count":\{"n":"(\d+)"', self.arguments)
-        return int(found[1]) if found else 1
+        match = re.search(r'known_trip_count":\{"n":"(\d+)"', self.arguments)
+        return int(match[1]) if match else 1
 
 
 @dataclass
@@ -101,11 +103,11 @@ def parse_computations(text: str) -> tuple[dict[str, Computation], Computation]:
     computations: dict[str, Computation] = {}
     entry = current = Computation()
     for line in text.splitlines():
-        if found := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
-            current = computations[found[2]] = Computation()
-            entry = current if found[1] else entry
-        elif found := re.match(r"\s+(ROOT )?%?([\w.-]+) = (.*?)(?<=[\])}]) ([a-z][\w-]*)\((.*)", line):
-            root, name, result, opcode, arguments = found.groups()
+        if match := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            current = computations[match[2]] = Computation()
+            entry = current if match[1] else entry
+        elif match := re.match(r"\s+(ROOT )?%?([\w.-]+) = (.*?)(?<=[\])}]) ([a-z][\w-]*)\((.*)", line):
+            root, name, result, opcode, arguments = match.groups()
             operands = re.findall(r"%([\w.-]+)", arguments.split("), ", 1)[0])
             references = re.findall(r"%([\w.-]+)", arguments)
             current.instructions[name] = Instruction(
@@ -128,16 +130,16 @@ def _parse_array(dtype: str, shape: str) -> tuple[float, int]:
 def _assign_scopes(computation: Computation) -> dict[str, Scope]:
     """Finds the scope of each instruction. One that the compiler added, such as a copy, gets that of its first user or
     operand with a scope."""
-    found = {name: _vote_scope(instruction) for name, instruction in computation.instructions.items()}
+    scopes = {name: _vote_scope(instruction) for name, instruction in computation.instructions.items()}
     users = defaultdict(list)
     for instruction in computation.instructions.values():
         for operand in instruction.operands:
             users[operand.name].append(instruction.name)
     for name in reversed(computation.instructions):
-        found[name] = found[name] or next((found[user] for user in users[name] if found[user]), None)
+        scopes[name] = scopes[name] or next((scopes[user] for user in users[name] if scopes[user]), None)
     for name, instruction in computation.instructions.items():
-        found[name] = found[name] or next((found[o.name] for o in instruction.operands if found[o.name]), None)
-    return {name: scope or Scope(REST, False) for name, scope in found.items()}
+        scopes[name] = scopes[name] or next((scopes[o.name] for o in instruction.operands if scopes[o.name]), None)
+    return {name: scope or Scope(REST, False) for name, scope in scopes.items()}
 
 
 def _vote_scope(instruction: Instruction) -> Scope | None:

@@ -61,5 +61,6 @@ def speedup(baseline: Sequence[Row], rows: Sequence[Row], split: str, unit: str)
     x, loss = loss_curve(baseline, split, unit)
     if not loss or math.isinf(loss[-1]):
         return None
-    own, other = first_crossing(x, loss, loss[-1]), first_crossing(*loss_curve(rows, split, unit), loss[-1])
-    return own / other if own and other else None
+    baseline_x = first_crossing(x, loss, loss[-1])
+    other_x = first_crossing(*loss_curve(rows, split, unit), loss[-1])
+    return baseline_x / other_x if baseline_x and other_x else None

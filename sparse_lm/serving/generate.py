@@ -43,8 +43,6 @@ class Generator:
 
         Args:
             model: of a resolved config.
-            parameters: of the model.
-            router_state: of the model.
             end_of_text: the id that begins every prompt and ends a continuation.
             max_tokens: the most new tokens per prompt.
             sampling: how tokens are drawn.
@@ -119,8 +117,8 @@ class Generator:
         return cached_logits(self._functional, parameters, router_state, caches, ids, start, lengths)[1]
 
     def _sample_next(self, parameters, router_state, caches, ids: Int[Array, "B"], start: Int[Array, "B"], row_seeds):
-        one = jnp.ones_like(start)
-        logits, caches = cached_logits(self._functional, parameters, router_state, caches, ids[:, None], start, one)
+        lengths = jnp.ones_like(start)
+        logits, caches = cached_logits(self._functional, parameters, router_state, caches, ids[:, None], start, lengths)
         keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(row_seeds, start)
         return constrain(sample(logits[:, 0, : self._vocabulary], keys, self._sampling), None), caches
 
@@ -137,9 +135,6 @@ def cached_logits(
     """Computes the logits of the next token after each id, dropless.
 
     Args:
-        functional: the model.
-        parameters: of the model.
-        router_state: of the model.
         caches: of the tokens before `ids`, with room for `ids`.
         ids: the next tokens of each row, then padding, which gets no expert and no attention.
         start: how many tokens of each row the caches hold.

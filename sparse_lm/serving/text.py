@@ -61,8 +61,6 @@ def generate_folder(
     does not exist; an old one is replaced.
 
     Args:
-        generator: of the continuations.
-        tokenizer: of the generator's model.
         prompts: a folder of .txt files, or a .jsonl file.
         out: the file to write.
         field: of the .jsonl file.

@@ -109,7 +109,7 @@ def test_pallas_over_tiles_of_tokens(tokens, monkeypatch):
 
 
 def test_few_loops_however_many_counts():
-    """As many as there are counts of blocks up to LOOPS; above, lines are padded."""
+    """As many as there are counts of blocks up to MAX_LOOPS; above, lines are padded."""
     for mask, loops in (("all blocks", 1), ("diagonal", 1), ("triangle", MAX_LOOPS)):
         layout = layout_from_mask(MASKS[mask], BLOCK)
         x, blocks, gradient = drawn(layout, 4, "float32")
