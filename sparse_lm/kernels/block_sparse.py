@@ -87,8 +87,10 @@ def _backward(layout, saved, gradient):
         return dx.reshape(x.shape), jax.lax.psum(d_blocks, axes)
 
     if axes:
-        rows, whole = mesh.partition_spec("batch"), mesh.partition_spec()
-        gradients = jax.shard_map(gradients, in_specs=(rows, whole, rows), out_specs=(rows, whole), check_vma=False)
+        rows, replicated = mesh.partition_spec("batch"), mesh.partition_spec()
+        gradients = jax.shard_map(
+            gradients, in_specs=(rows, replicated, rows), out_specs=(rows, replicated), check_vma=False
+        )
     return gradients(x, blocks, gradient)
 
 
