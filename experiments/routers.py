@@ -21,8 +21,8 @@ from sparse_lm.config import Config, choice, resolve
 from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.routing import leak
 from sparse_lm.runs.folder import read_rows, write_whole
-from sparse_lm.scaling.outcome import SPLIT, Run, finished_run
-from sparse_lm.scaling.statistics import interval, mean
+from sparse_lm.scaling.outcome import SPLIT, Run, load_finished_run
+from sparse_lm.scaling.statistics import confidence_interval, mean
 
 # One expert of the quickstart's width per token, or two of half of it. A run is short, so deepseek's bias moves ten
 # times as fast as in a long one.
@@ -61,7 +61,7 @@ def main() -> None:
         for name in values.routers:
             folder = f"{values.workdir}/{name.replace(', ', '-')}-seed{seed}"
             runs.train(configured(values.config, name, seed), folder)
-            runs[name].append(finished_run(folder))
+            runs[name].append(load_finished_run(folder))
     folder = epath.Path(values.workdir)
     write_whole(folder / "routers.md", (text := table(runs)).encode())
     write_whole(folder / "routers.png", picture(runs))
@@ -93,7 +93,7 @@ def table(runs: dict[str, list[Run]]) -> str:
 
 
 def spread(losses: list[float]) -> str:
-    bounds = interval(losses)
+    bounds = confidence_interval(losses)
     return f"{mean(losses):.3f}" + (f" ({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else "")
 
 

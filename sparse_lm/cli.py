@@ -1,4 +1,4 @@
-"""The commands. Each parses, calls one function, and prints."""
+"""The commands. Each parses its flags, calls one function, and prints the result."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from absl import flags
 
 from sparse_lm.command_line import define_config
 from sparse_lm.config import Mesh, resolve
-from sparse_lm.errors import RunFailed, Stopped, UserError, nearest
+from sparse_lm.errors import RunFailed, Stopped, UserError, suggest
 from sparse_lm.host_memory import keep_freed_memory
 
 
@@ -40,7 +40,7 @@ def _distributed_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("process", 0, "which one this is, with --coordinator", flag_values=values)
 
 
-def _saved_flags(values: flags.FlagValues) -> None:
+def _checkpoint_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "the run's folder", flag_values=values)
     flags.DEFINE_integer("step", None, "a saved step; by default the newest", flag_values=values)
 
@@ -64,7 +64,7 @@ def _profile_flags(values: flags.FlagValues) -> None:
 
 
 def _evaluate_flags(values: flags.FlagValues) -> None:
-    _saved_flags(values)
+    _checkpoint_flags(values)
     _mesh_flags(values)
     _distributed_flags(values)
     flags.DEFINE_float("capacity_factor", None, "of the evaluation; inf drops nothing", flag_values=values)
@@ -85,7 +85,7 @@ def _compare_flags(values: flags.FlagValues) -> None:
 
 
 def _generate_flags(values: flags.FlagValues) -> None:
-    _saved_flags(values)
+    _checkpoint_flags(values)
     _mesh_flags(values)
     flags.DEFINE_string("prompt", "", "the text to continue", flag_values=values)
     flags.DEFINE_string(
@@ -107,7 +107,7 @@ def _train(options: flags.FlagValues) -> None:
     config = resolve(options.config)
     workdir = options.workdir or f"runs/{config.name or 'run'}"
     summary = runs.train(config, workdir, options.init_from)
-    if not _primary():
+    if not _is_primary():
         return
     for split, measured in summary["evaluation"].items():
         print(f"{split}: loss {measured['loss']:.4f} nats per token, {measured['bits_per_byte']:.4f} bits per byte")
@@ -124,7 +124,7 @@ def _evaluate(options: flags.FlagValues) -> None:
 
     sources = options.sources or ()
     measured = runs.evaluate(_workdir(options), options.step, options.capacity_factor, _mesh(options), sources)
-    if _primary():
+    if _is_primary():
         print(json.dumps(measured, indent=2))
         if measured["leak"]:
             _warn(f"this loss is not that of a causal language model: {measured['leak']}")
@@ -133,22 +133,22 @@ def _evaluate(options: flags.FlagValues) -> None:
 def _compare(options: flags.FlagValues, folders: list[str]) -> None:
     from sparse_lm import runs
     from sparse_lm.scaling.compare import compare, compare_runs
-    from sparse_lm.scaling.report import summary
+    from sparse_lm.scaling.report import format_summary
 
     if folders:
-        print(summary(compare_runs(*folders, options.workdir, options.price_per_hour)))
+        print(format_summary(compare_runs(*folders, options.workdir, options.price_per_hour)))
         return
     config = resolve(options.config)
     workdir = options.workdir or f"runs/compare-{config.name or 'run'}"
     result = compare(config, runs.train, workdir, options.seeds, options.sweep_learning_rate, options.price_per_hour)
-    if _primary():
-        print(f"{summary(result)}\n\nwritten: {workdir}/comparison.md, comparison.json and comparison.png")
+    if _is_primary():
+        print(f"{format_summary(result)}\n\nwritten: {workdir}/comparison.md, comparison.json and comparison.png")
 
 
 def _generate(options: flags.FlagValues) -> None:
     from sparse_lm import runs
     from sparse_lm.routing import ROUTERS
-    from sparse_lm.serving import Generator, Sampling, beyond_training, generate_folder, stream_text
+    from sparse_lm.serving import Generator, Sampling, generate_folder, stream_text, warn_beyond_training
 
     if bool(options.prompt) == bool(options.prompts) or bool(options.prompts) != bool(options.out):
         raise UserError("give --prompt=TEXT, or --prompts=FOLDER and --out=FILE.jsonl, and not both")
@@ -173,7 +173,7 @@ def _generate(options: flags.FlagValues) -> None:
             print(piece, end="", flush=True)
         print()
         longest = len(tokenizer.encode(options.prompt)) + options.tokens
-    if warning := beyond_training(longest, model.config.data.length):
+    if warning := warn_beyond_training(longest, model.config.data.length):
         _warn(warning)
     if not model.config.model.experts:
         return
@@ -193,9 +193,9 @@ def _info(options: flags.FlagValues) -> None:
 
 
 def _profile(options: flags.FlagValues) -> None:
-    from sparse_lm.profile import profile, profile_table
+    from sparse_lm.profile import profile_steps, profile_table
 
-    print(profile_table(profile(resolve(options.config), options.steps, options.trace)))
+    print(profile_table(profile_steps(resolve(options.config), options.steps, options.trace)))
 
 
 def _replay(options: flags.FlagValues) -> None:
@@ -218,8 +218,8 @@ def _mesh(options: flags.FlagValues) -> Mesh | None:
     return Mesh(**given) if given else None
 
 
-def _initialize(options: flags.FlagValues) -> None:
-    """Joins the other processes of a run, before anything asks jax for devices."""
+def _join_processes(options: flags.FlagValues) -> None:
+    """Joins the other processes of a run; must run before jax starts its devices."""
     import jax
 
     if options.coordinator:
@@ -230,7 +230,7 @@ def _initialize(options: flags.FlagValues) -> None:
         logging.getLogger("sparse_lm").setLevel(logging.WARNING)
 
 
-def _primary() -> bool:
+def _is_primary() -> bool:
     import jax
 
     return jax.process_index() == 0
@@ -238,10 +238,10 @@ def _primary() -> bool:
 
 class Command(NamedTuple):
     about: str
-    define: Callable[[flags.FlagValues], None]
+    define_flags: Callable[[flags.FlagValues], None]
     run: Callable[..., None]
     config: bool = False  # whether it takes --config
-    distributed: bool = False  # whether several processes run it together
+    distributed: bool = False  # whether several processes may run it together
     opens_runs: bool = True  # whether it reads or writes the folder of a run
 
 
@@ -259,37 +259,37 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a command. Exits with 2 after a mistake of the user's and with 128 + n after signal n."""
+    """Runs a command. Exits with 2 for a mistake of the user's, 1 for a failed run, and 128 + n after signal n."""
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sparse_lm").setLevel(logging.INFO)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # XLA warns, and does not inform
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # warnings of XLA, no information
     try:
         _dispatch(argv)
     except UserError as error:
-        _leave(error, 2)
+        _exit(error, 2)
     except RunFailed as error:
-        _leave(error, 1)
+        _exit(error, 1)
     except Stopped as error:
-        _leave(error, error.exit_code)
+        _exit(error, error.exit_code)
     except OSError as error:
         if error.errno is None:
             raise
         full = "the disk is full; free some space, or choose another --workdir or --config.cache"
-        what = full if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        _leave(f"{what} ({error.filename})" if error.filename else what, 2)
+        message = full if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        _exit(f"{message} ({error.filename})" if error.filename else message, 2)
     except MemoryError as error:
-        _leave(f"there is too little memory: {error}", 2)
+        _exit(f"there is too little memory: {error}", 2)
     except KeyboardInterrupt:
-        _leave("interrupted", 130)
+        _exit("interrupted", 130)
 
 
-def _leave(error: Any, code: int) -> None:
+def _exit(error: Any, code: int) -> None:
     print(f"sparse-lm: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(code)
 
 
-def _help(name: str, command: Command, values: flags.FlagValues) -> str:
+def _format_help(name: str, command: Command, values: flags.FlagValues) -> str:
     lines = [f"usage: sparse-lm {name} --FLAG=VALUE …", command.about, ""]
     if command.config:
         lines.append("  --config=FILE: a Python file with get_config(), see configs/")
@@ -300,8 +300,8 @@ def _help(name: str, command: Command, values: flags.FlagValues) -> str:
     return "\n".join(lines)
 
 
-def _underscores(argument: str) -> str:
-    """--init-from=x as --init_from=x; what follows the = stays."""
+def _use_underscores(argument: str) -> str:
+    """Replaces dashes in a flag's name by underscores, not in its value."""
     name, equals, value = argument.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
 
@@ -311,7 +311,7 @@ def _check_flags(name: str, command: Command, values: flags.FlagValues, argument
     for argument in arguments:
         flag = argument.partition("=")[0].lstrip("-").removeprefix("no")
         if argument.startswith("-") and flag not in known and not flag.startswith("config."):
-            raise UserError(f"--{flag.replace('_', '-')} is not a flag of {name}{nearest(flag, known)}")
+            raise UserError(f"--{flag.replace('_', '-')} is not a flag of {name}{suggest(flag, known)}")
 
 
 def _dispatch(argv: list[str]) -> None:
@@ -321,14 +321,14 @@ def _dispatch(argv: list[str]) -> None:
         sys.exit(0 if argv else 2)
     name, *arguments = argv
     if name not in COMMANDS:
-        raise UserError(f"{name!r} is not a command{nearest(name, COMMANDS)}")
+        raise UserError(f"{name!r} is not a command{suggest(name, COMMANDS)}")
     command = COMMANDS[name]
-    arguments = [_underscores(a) for a in arguments]
-    arguments.sort(key=lambda a: not a.startswith("--config="))  # the file before single fields of it
+    arguments = [_use_underscores(a) for a in arguments]
+    arguments.sort(key=lambda a: not a.startswith("--config="))  # the file before the fields that override it
     values = flags.FlagValues()
-    command.define(values)
+    command.define_flags(values)
     if "--help" in arguments or "-h" in arguments:
-        print(_help(name, command, values))
+        print(_format_help(name, command, values))
         return
     plain = [a for a in arguments if not a.startswith("-")]
     folders = plain if name == "compare" and "--config" not in arguments else []
@@ -343,18 +343,19 @@ def _dispatch(argv: list[str]) -> None:
     try:
         values(line)
     except flags.Error as error:
-        said = str(error).replace("invalid literal for int() with base 10:", "it must be a whole number, not")
-        said = re.sub(r"\('Non-boolean argument to boolean flag', (.*)\)", r"it must be true or false, not \1", said)
-        raise UserError(said) from error
+        message = str(error).replace("invalid literal for int() with base 10:", "it must be a whole number, not")
+        not_boolean = r"\('Non-boolean argument to boolean flag', (.*)\)"
+        message = re.sub(not_boolean, r"it must be true or false, not \1", message)
+        raise UserError(message) from error
     if name == "compare" and len(folders) not in (0, 2):
-        given = f"{len(folders)} given: {' '.join(folders)}"
-        raise UserError(f"compare takes --config=FILE, or the folders of two runs; {given}")
+        got = f"{len(folders)} given: {' '.join(folders)}"
+        raise UserError(f"compare takes --config=FILE, or the folders of two runs; {got}")
     keep_freed_memory()
     if command.distributed and not folders:
-        _initialize(values)
-    with contextlib.ExitStack() as entered:
+        _join_processes(values)
+    with contextlib.ExitStack() as contexts:
         if command.opens_runs:
             from sparse_lm.runs.quiet import quiet_orbax
 
-            entered.enter_context(quiet_orbax())
+            contexts.enter_context(quiet_orbax())
         command.run(values, *([folders] if name == "compare" else []))

@@ -1,4 +1,4 @@
-"""`--config=FILE --config.x.y=value`: a config file and single fields on top of it, with errors in one line."""
+"""The flags `--config=FILE` and `--config.x.y=value`: a config file, and fields that override it."""
 
 import dataclasses
 import importlib.util
@@ -9,11 +9,21 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sparse_lm.config import Config
-from sparse_lm.errors import UserError, nearest
+from sparse_lm.errors import UserError, suggest
 
 
 def load_config(path: str) -> Config:
-    """What `get_config()` in a Python file returns. A colon and text after the path are given to it as an argument."""
+    """Loads a config from a Python file.
+
+    Args:
+        path: the file; in "FILE:TEXT" the text is passed to its `get_config` as an argument.
+
+    Returns:
+        What `get_config()` returns.
+
+    Raises:
+        UserError: for a missing file, one that fails, or one that returns no `Config`.
+    """
     name, *argument = path.split(":", 1)
     file = pathlib.Path(name)
     if not file.is_file():
@@ -43,7 +53,15 @@ def load_config(path: str) -> Config:
 
 
 def define_config(values: flags.FlagValues, argv: list[str]) -> None:
-    """Defines `--config` and the fields that argv sets. Raises `UserError` for a field that does not exist."""
+    """Defines `--config` and the fields that argv sets.
+
+    Args:
+        values: where the flags are defined.
+        argv: the command line, of which `--config=FILE` names the config file.
+
+    Raises:
+        UserError: for a missing or invalid config file, or an unknown field.
+    """
     path = next((m[1] for a in argv if (m := re.fullmatch(r"--?config=(.*)", a))), None)
     if path is None:
         raise UserError("--config=FILE is missing; configs/quickstart.py is the one to begin with")
@@ -58,22 +76,22 @@ def define_config(values: flags.FlagValues, argv: list[str]) -> None:
         values,
         sys_argv=argv,
         parse_fn=lambda path: config,
-        accept_new_attributes=True,  # of the options of a choice, which are checked when it is made
+        accept_new_attributes=True,  # for the options of a choice, which `registry.create` checks
     )
 
 
 def _check_field(config: Config, path: str) -> None:
-    """Raises unless the dotted path leads to a field that can be set."""
-    node, so_far = config, "config"
+    """Raises `UserError` unless the dotted path leads to a field that can be set."""
+    node, parent = config, "config"
     parts = path.split(".")
-    for at, part in enumerate(parts):
+    for depth, part in enumerate(parts):
         if isinstance(node, ConfigDict):
             return
         names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
         if part not in names:
-            where = f"--config.{path}: {so_far} has no field {part!r}"
-            raise UserError(where + (nearest(part, names) if names else f"; it is a value, {node!r}"))
-        node, so_far = getattr(node, part), f"{so_far}.{part}"
-        if at == len(parts) - 1 and (dataclasses.is_dataclass(node) or isinstance(node, ConfigDict)):
-            inside = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else ["NAME"]
-            raise UserError(f"--config.{path} is a part with fields of its own: {', '.join(inside)}")
+            problem = f"--config.{path}: {parent} has no field {part!r}"
+            raise UserError(problem + (suggest(part, names) if names else f"; it is a value, {node!r}"))
+        node, parent = getattr(node, part), f"{parent}.{part}"
+        if depth == len(parts) - 1 and (dataclasses.is_dataclass(node) or isinstance(node, ConfigDict)):
+            fields = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else ["NAME"]
+            raise UserError(f"--config.{path} is a part with fields of its own: {', '.join(fields)}")

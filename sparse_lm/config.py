@@ -1,8 +1,8 @@
-"""What can be set: nested dataclasses, units in the comments. Imports no jax.
+"""The config: nested dataclasses, with units in the comments. Imports no jax.
 
-A config file in `configs/` has a function `get_config()` that returns a `Config`. The command line sets single fields
-(`--config.model.experts=16`). Then `resolve` fills in what is derived, checks what can be checked without devices, and
-freezes the result. 0 or "" in a field with a derived value means "derive it".
+A config file in `configs/` has a function `get_config()` that returns a `Config`. The command line overrides fields
+(`--config.model.experts=16`). Then `resolve` derives values, checks all that needs no devices, and freezes the result.
+0 or "" in a field with a derived value means "derive it".
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Self
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from sparse_lm.errors import UserError, nearest, nearest_divisor
+from sparse_lm.errors import UserError, nearest_divisor, suggest
 from sparse_lm.ranges import (
     Factor,
     NotNegative,
@@ -30,11 +30,11 @@ from sparse_lm.ranges import (
     bare,
     fault,
 )
-from sparse_lm.stored_config import fill
+from sparse_lm.stored_config import fill_config
 
 
 class Node:
-    """A part of a config; it can be written to until `freeze`."""
+    """A section of a config, mutable until `freeze`."""
 
     def __init_subclass__(cls):
         # The dataclass is made of bare types, which those who read values from text understand.
@@ -43,7 +43,7 @@ class Node:
 
     def __setattr__(self, name: str, value: Any):
         if name not in (names := type(self).__dataclass_fields__):
-            raise AttributeError(f"{type(self).__name__} has no field {name!r}{nearest(name, names)}")
+            raise AttributeError(f"{type(self).__name__} has no field {name!r}{suggest(name, names)}")
         if getattr(self, "_frozen", False):
             raise AttributeError(f"the config is frozen: {name} can't be set; use dataclasses.replace and resolve")
         object.__setattr__(self, name, value)
@@ -61,7 +61,7 @@ class Node:
 
 @dataclass
 class Choice(Node):
-    """One of the registered things by name, and its options (`--config.model.router.options.jitter=0.1`)."""
+    """A registered class or function by name, and its options (`--config.model.router.options.jitter=0.1`)."""
 
     name: str
     options: ConfigDict = field(default_factory=ConfigDict)
@@ -87,43 +87,50 @@ class Model(Node):
     dropout: Probability = 0.0  # on the embedding and on each residual branch
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"  # of the computation; parameters are float32
     attention: Choice = field(default_factory=lambda: choice("full"))  # the kind of attention: models/table.py
-    # What the backward pass computes again; dots: all but products with dense weights.
+    # What the backward pass recomputes; dots: all but products with dense weights.
     remat: Annotated[str, OneOf("none", "dots", "full")] = "none"
     scan: bool = True  # layers in one compiled loop; False unrolls it
 
-    # Kind of the layer in the last place of each period: auto: experts where there are any, blocks where there is a
-    # layout, otherwise dense.
+    # The last feed-forward layer of each period; auto: experts if there are any, blocks if there is a layout, otherwise
+    # dense.
     feed_forward: Choice = field(default_factory=lambda: choice("auto"))
     experts: SizeOr0 = 0  # E in each expert layer; 0: a dense feed-forward layer of expert_width in its place
-    layout: Choice = field(default_factory=lambda: choice("dense"))  # blocks of that layer's matrices that exist
+    layout: Choice = field(default_factory=lambda: choice("dense"))  # which blocks of that layer's matrices exist
     expert_width: SizeOr0 = 0  # F, hidden width of one expert; 0: ffn_width
     expert_every: Size = 2  # every n-th feed-forward layer is an expert layer
     dense_first: SizeOr0 = 0  # dense layers before the first period of expert_every layers
     top_k: Size = 1  # K, experts per token
     router: Choice = field(default_factory=lambda: choice("switch"))
-    shared_experts: SizeOr0 = 0  # experts' widths of one dense layer beside the experts, which every token passes
-    # Region in which load is measured, and balanced by losses and biases: group, device, batch (a microbatch). Routers
-    # that assign the tokens of a group together always balance the group.
+    shared_experts: SizeOr0 = 0  # experts that every token passes, computed as one dense layer of their total width
+    # Region in which losses and biases balance the load; batch: of a microbatch. Routers that assign the tokens of a
+    # group together always balance the group.
     balance_over: Annotated[str, OneOf("group", "device", "batch")] = "group"
     executor: str = "auto"  # how the experts are computed: auto, einsum, gather, grouped (exchange_buffer is its)
-    exchange_buffer: Factor = math.inf  # rows that a device has room for in training, over an even share; inf: all
-    capacity_factor: Factor = 1.25  # places per expert in training, over an even share; inf: nothing is dropped
-    eval_capacity_factor: Factor = math.inf  # the same in evaluation, where both are measured
+    exchange_buffer: Factor = math.inf  # rows a device can receive in training, over an even share; inf: all
+    capacity_factor: Factor = 1.25  # places per expert in training, over an even share; inf: dropless
+    eval_capacity_factor: Factor = math.inf  # in evaluation, which also measures at the training factor
     group_size: SizeOr0 = 0  # S, tokens that compete for the same places; 0: one row of data.length
     expert_dropout: Probability = 0.0  # on the hidden units of experts
 
     @property
     def sparse(self) -> bool:
-        """Whether a token uses some of the parameters, or of the blocks of a matrix, only."""
-        other = self.feed_forward.name not in ("auto", "dense")
-        return self.experts > 0 or self.layout.name != "dense" or other
+        """Whether a token uses only some of the parameters, or a matrix has only some of its blocks."""
+        return self.experts > 0 or self.layout.name != "dense" or self.feed_forward.name not in ("auto", "dense")
 
 
 def compute_capacity(tokens: int, experts: int, top_k: int, factor: float) -> int:
-    """Places per expert and group, C: an even share of the choices times the factor, rounded up, at most all tokens.
+    """Computes C, the places per expert and group: factor · K · S / E (Fedus et al. 2021, equation 3).
 
-    Fedus et al. 2021, equation 3. Rounded up, so that a factor of 1 always has a place for every choice of an even
-    routing. A factor of inf is dropless: no expert can be named more often than there are tokens.
+    Rounded up, so that a factor of 1 always has a place for every choice of an even routing.
+
+    Args:
+        tokens: S, of a group.
+        experts: E.
+        top_k: K, the choices of each token.
+        factor: the capacity factor; inf is dropless.
+
+    Returns:
+        C, from 1 to S.
     """
     if math.isinf(factor):
         return tokens
@@ -171,11 +178,11 @@ class Optimizer(Node):
 
 @dataclass
 class Anticipation(Node):
-    """Choices of experts made ahead, after a spike of the loss; see `training.anticipation`."""
+    """Choosing experts some steps ahead, after a spike of the loss; see `step.anticipation`."""
 
-    ahead: StepsOr0 = 0  # steps between a choice and its use; 0: none is made ahead
-    spike: Positive = 1.0  # nats above the running mean of the loss from which on a loss is a spike
-    steps: Steps = 200  # that it stays on after the last spike
+    ahead: StepsOr0 = 0  # steps between a choice and its use; 0: off
+    spike: Positive = 1.0  # nats; a loss so far above its running mean is a spike
+    steps: Steps = 200  # for which it stays on after the last spike
 
 
 @dataclass
@@ -224,13 +231,13 @@ class Config(Node):
 
 
 def resolve(config: Config) -> Config:
-    """A frozen copy with derived values filled in; resolving twice changes nothing. Raises `UserError`."""
+    """Copies a config, derives values, checks and freezes it; idempotent. Raises `UserError` for an invalid value."""
     config = from_dict(to_dict(config), file="")
     _check_ranges(config)
     model = config.model
     model.kv_heads = model.kv_heads or model.heads
     if not model.head_width:
-        _divides("model.width", model.width, "model.heads", model.heads)
+        _check_divides("model.width", model.width, "model.heads", model.heads)
         model.head_width = model.width // model.heads
     model.expert_width = model.expert_width or model.ffn_width
     model.group_size = model.group_size or config.data.length
@@ -248,9 +255,9 @@ def _check_ranges(node: Node, prefix: str = "") -> None:
 
 
 def _check_fit(config: Config) -> None:
-    """What does not fit together."""
+    """Raises `UserError` for fields that contradict each other."""
     model, training = config.model, config.training
-    _divides("model.heads", model.heads, "model.kv_heads", model.kv_heads)
+    _check_divides("model.heads", model.heads, "model.kv_heads", model.kv_heads)
     if model.head_width % 2:
         raise UserError(f"model.head_width is {model.head_width}; rotary positions need an even number")
     after = model.layers - model.dense_first
@@ -264,11 +271,11 @@ def _check_fit(config: Config) -> None:
         raise UserError(f"model.layout is {model.layout.name!r}, for a feed-forward layer; model.experts must be 0")
     if model.experts and model.top_k > model.experts:
         raise UserError(f"model.top_k is {model.top_k}, above model.experts={model.experts}")
-    _divides("training.batch", training.batch, "training.accumulation", training.accumulation)
+    _check_divides("training.batch", training.batch, "training.accumulation", training.accumulation)
     if model.experts:
         tokens = training.batch // training.accumulation * config.data.length
-        what = "the tokens of a microbatch (training.batch / training.accumulation × data.length),"
-        _divides(what, tokens, "model.group_size", model.group_size)
+        microbatch = "the tokens of a microbatch (training.batch / training.accumulation × data.length),"
+        _check_divides(microbatch, tokens, "model.group_size", model.group_size)
     if training.anticipation.steps <= (ahead := training.anticipation.ahead):
         raise UserError(
             f"training.anticipation.steps is {training.anticipation.steps}; it must be above "
@@ -276,15 +283,17 @@ def _check_fit(config: Config) -> None:
         )
 
 
-def _divides(what: str, value: int, by: str, divisor: int) -> None:
-    """Raises unless value is a multiple of divisor, naming the nearest divisor that would do."""
+def _check_divides(value_name: str, value: int, divisor_name: str, divisor: int) -> None:
+    """Raises `UserError` unless value is a multiple of divisor, and suggests the nearest divisor."""
     if value % divisor:
-        fitting = nearest_divisor(divisor, value)
-        raise UserError(f"{by} is {divisor}, which does not divide {what} {value}; the nearest that does is {fitting}")
+        fit = nearest_divisor(divisor, value)
+        raise UserError(
+            f"{divisor_name} is {divisor}, which does not divide {value_name} {value}; the nearest that does is {fit}"
+        )
 
 
 def to_dict(config: Any) -> Any:
-    """The config as plain dicts, lists and numbers, as stored in config.json."""
+    """Converts a config to plain dicts, lists and numbers, as stored in config.json."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, ConfigDict):
@@ -293,28 +302,29 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(values: Any, file: str = "config.json", written_by: str = "") -> Config:
-    """The config that `to_dict` came from, unfrozen; a version before this one may have stored it.
+    """Converts what `to_dict` of this or an earlier version made to an unfrozen config.
 
     Args:
-        values: what JSON gave.
-        file: where they are stored, for messages; "" where they are in no file.
-        written_by: the version that stored them, for messages; "" where that is not known.
+        values: the parsed JSON.
+        file: its path, for messages; "" if it is in no file.
+        written_by: the version that stored it, for messages; "" if unknown.
 
-    Raises `UserError` for a field that this version does not know and for a value of another type.
+    Raises:
+        UserError: for an unknown field, or a value of another type.
     """
     config = Config()
-    fill(config, values, file, written_by)
+    fill_config(config, values, file, written_by)
     return config
 
 
-def identity(config: Config) -> dict[str, Any]:
-    """The fields that make a run the run it is, flat; the others (mesh, length, logging, …) may change on the way."""
+def identity_fields(config: Config) -> dict[str, Any]:
+    """Returns the fields by dotted path that can't change in a run; others (mesh, steps, logging, …) may."""
     values = to_dict(config)
     kept = ["batch", "seed", "anticipation"]
     if config.training.anticipation.ahead:
         kept.append("accumulation")  # choices made ahead are kept by microbatch
     values["training"] = {k: values["training"][k] for k in kept}
-    del values["data"]["tokenizer"]  # a path, which may move; what is at it is part of the data's fingerprint
+    del values["data"]["tokenizer"]  # a path, which may change; the data's fingerprint covers the tokenizer itself
     flat = {}
 
     def walk(prefix: str, value: Any):
@@ -330,5 +340,5 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def digest(values: Any) -> str:
-    """A short hash of JSON-able values, for cache keys and fingerprints."""
+    """Hashes JSON-able values to 16 hex digits, for cache keys and fingerprints."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The memory that steps on a CPU take and give back."""
+"""Settings of the C library's memory allocator, for training on a CPU."""
 
 import ctypes
 import platform
@@ -8,12 +8,11 @@ TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> None:
-    """Tells the C library to keep freed memory for this process's next allocation.
+    """Makes the C library keep freed memory for the next allocation of this process. Affects glibc only.
 
-    A step allocates and frees the same large arrays over and over. By default each goes back to the system, which then
-    hands out and clears every page anew: a quarter of a step's time. Threads that run already keep their ways, so it
-    has to be called before jax looks for devices: the commands do, and a program of one's own may. Does something with
-    glibc alone.
+    Each step allocates and frees the same large arrays. By default freed memory returns to the system, which clears
+    every page again: a quarter of a step's time. Running threads keep their settings, so call it before jax starts its
+    devices, as the commands do.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

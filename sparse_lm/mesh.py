@@ -38,9 +38,15 @@ RULES: dict[str | None, tuple[str, ...]] = {
 
 
 def make_mesh(mesh: configs.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with the axes data, fsdp, expert and tensor over the devices (by default all of all processes).
+    """Makes a mesh with the axes `AXES`.
 
-    Raises `DoesNotFit` when the sizes do not multiply to the number of devices, `UserError` when they are no sizes.
+    Args:
+        mesh: the size of each axis.
+        devices: to lay out; None: those of all processes.
+
+    Raises:
+        DoesNotFit: if the product of the sizes is not the number of devices.
+        UserError: for an invalid size.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [getattr(mesh, axis) for axis in AXES]
@@ -60,22 +66,23 @@ def make_mesh(mesh: configs.Mesh, devices: Sequence[jax.Device] | None = None) -
 
 
 def platform() -> str:
-    """cpu, gpu or tpu: of the mesh in force, whose devices need not be here; without one, of jax's default."""
+    """Returns cpu, gpu or tpu: the platform of the active mesh (maybe an abstract one), otherwise jax's default."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
-def spec(*axes: str | None) -> PartitionSpec:
-    """The partitioning of an array with these axes."""
+def partition_spec(*axes: str | None) -> PartitionSpec:
+    """Maps the axes of an array to mesh axes by `RULES`; None is not divided."""
     return PartitionSpec(*(RULES[axis] or None for axis in axes))
 
 
 def sharding(mesh: jax.sharding.Mesh, *axes: str | None) -> NamedSharding:
-    return NamedSharding(mesh, spec(*axes))
+    """Builds the sharding of an array with these axes over a mesh; see `partition_spec`."""
+    return NamedSharding(mesh, partition_spec(*axes))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x, laid out over the mesh in force (`jax.set_mesh`) as its axes say; without a mesh x itself."""
+    """Lays out x over the active mesh (`jax.set_mesh`) as its axes say; without a mesh, returns x."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(*axes))
+    return jax.lax.with_sharding_constraint(x, partition_spec(*axes))

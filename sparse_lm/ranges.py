@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from sparse_lm.errors import nearest
+from sparse_lm.errors import suggest
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def fault(kind: Any, value: Any) -> str:
         limits = [FINITE]
     for limit in limits:
         if isinstance(limit, OneOf) and value not in limit.names:
-            return nearest(value, limit.names)
+            return suggest(value, limit.names)
         if isinstance(limit, Range) and value not in limit:
             return f"; it must be {limit}"
     return ""

@@ -1,4 +1,4 @@
-"""One description of a model: which layers stand where. Made from a config in one place; imports no jax.
+"""The layers of a model in order, as the config describes them. Imports no jax.
 
 The scan over layers, router state, names in checkpoints, counting, metrics by layer and replay all walk the stack.
 """
@@ -12,15 +12,15 @@ from sparse_lm.config import Choice, Model, choice
 class LayerSpec:
     """What one layer is made of."""
 
-    attention: Choice  # of models.table.ATTENTIONS
-    feed_forward: Choice  # of models.table.FEED_FORWARDS
-    hidden: int  # F, hidden width of the feed-forward part, of one expert where it has several
-    routed: bool = False  # whether a router decides what its tokens pass
+    attention: Choice  # a name in models.table.ATTENTIONS
+    feed_forward: Choice  # a name in models.table.FEED_FORWARDS
+    hidden: int  # hidden width of the feed-forward layer, or F of each expert
+    routed: bool = False  # whether it has a router
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers one after the other: a prefix, then a period that is repeated."""
+    """A prefix of layers, then a period of layers, repeated."""
 
     prefix: tuple[LayerSpec, ...]
     period: tuple[LayerSpec, ...]
@@ -31,20 +31,20 @@ class Stack:
         return self.prefix + self.period * self.repeats
 
     @property
-    def routed(self) -> list[int]:
-        """The numbers (0, 1, …) of the routed layers."""
+    def routed_layers(self) -> list[int]:
+        """The numbers of the layers with a router, counted from 0."""
         return [number for number, spec in enumerate(self.layers) if spec.routed]
 
-    def numbers(self, part: str, place: int) -> list[int]:
-        """The numbers of the layers at a place of a part: of one in `prefix`, of one for each repeat in `period`."""
+    def layer_numbers(self, part: str, place: int) -> list[int]:
+        """Lists the layers at a place of a part: one layer for "prefix", one per repeat for "period"."""
         if part == "prefix":
             return [place]
         return [len(self.prefix) + repeat * len(self.period) + place for repeat in range(self.repeats)]
 
 
 def decoder_stack(model: Model) -> Stack:
-    """The layers of a decoder: `dense_first` dense ones, then periods of `expert_every`, the last of which is the one
-    that `model.feed_forward` names: experts, blocks, or a dense layer in their place."""
+    """Builds the layers of a decoder: `dense_first` dense layers, then periods of `expert_every` layers. The last layer
+    of each period has the feed-forward layer that `model.feed_forward` names: experts, blocks or dense."""
     kind = model.feed_forward
     if kind.name == "auto":
         kind = choice("experts" if model.experts else "dense" if model.layout.name == "dense" else "blocks")

@@ -1,7 +1,7 @@
-"""A config as config.json holds it, whichever version wrote it. Imports no jax.
+"""Reads the config.json of this and earlier versions. Imports no jax.
 
-A field that is missing there takes the default it had when it was added, one that was renamed is translated, and one
-that is not known is refused: what was stored goes on meaning what it meant.
+A missing field takes the default it had when it was added, a renamed field is translated, and an unknown field is an
+error. So a stored config keeps its meaning.
 """
 
 import contextlib
@@ -14,65 +14,66 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sparse_lm import __version__
-from sparse_lm.errors import UserError, nearest
+from sparse_lm.errors import UserError, suggest
 
-# Old dotted path: the new one, oldest first. The path of a section renames all within it. A name that stands on the
-# left is never given to another field.
+# Old dotted path: new dotted path, oldest first. The path of a section renames all fields in it. A name on the left is
+# never used for another field.
 RENAMED: dict[str, str] = {}
 
-# The default that a field had when it was added, where it has another one now.
+# The default that a field had when it was added, where it has changed.
 FIRST_DEFAULTS: dict[str, Any] = {
     "model.executor": "gather",
     "model.eval_capacity_factor": 2.0,
 }
 
 
-def fill(config: Any, stored: Any, file: str, written_by: str) -> None:
-    """Sets the fields of a config that has all its defaults to the stored values.
+def fill_config(config: Any, stored: Any, file: str, written_by: str) -> None:
+    """Sets the fields of a default config to stored values.
 
     Args:
         config: the dataclass to fill, not frozen.
-        stored: what JSON gave; it is checked, and left as it is.
-        file: where it is stored, for messages; "" where it is in no file.
-        written_by: the version that stored it, for messages; "" where that is not known.
+        stored: the parsed JSON, which is checked and not changed.
+        file: its path, for messages; "" if it is in no file.
+        written_by: the version that stored it, for messages; "" if unknown.
 
-    Raises `UserError` for a field that is not known and for a value of another type.
+    Raises:
+        UserError: for an unknown field, or a value of another type.
     """
     try:
-        values = _translate(_section("the config", stored))
+        values = _rename_fields(_check_section("the config", stored))
         _set_fields(config, values)
     except UserError as error:
         raise UserError(f"{file}: {error}" if file else str(error)) from error
-    for path, hint in _unknown(config, values):
+    for path, hint in _find_unknown(config, values):
         message = f"{file or 'the config'} has {path}, which this version ({__version__}) does not know{hint}"
         if written_by:
             message += f"{'' if hint.endswith('?') else '.'} It was written by version {written_by}"
         raise UserError(message)
 
 
-def _translate(values: dict) -> dict:
-    """The values under the names that fields have now."""
+def _rename_fields(values: dict) -> dict:
+    """Moves values to the current names of their fields."""
     values = copy.deepcopy(values) if RENAMED else values
     for old, new in RENAMED.items():
         try:
-            value = _take(values, *old.split("."))
+            value = _pop_path(values, *old.split("."))
         except (KeyError, TypeError, AttributeError):
-            continue  # it is not there; what is there in a section's stead is refused later
+            continue  # it is missing; a value where a section should be is an error later
         *parents, name = new.split(".")
         section = values
-        for at, parent in enumerate(parents, 1):
-            section = _section(".".join(parents[:at]), section.setdefault(parent, {}))
+        for depth, parent in enumerate(parents, 1):
+            section = _check_section(".".join(parents[:depth]), section.setdefault(parent, {}))
         if name in section:
             raise UserError(f"{old} and {new}, its new name, are both there; remove one")
         section[name] = value
     return values
 
 
-def _take(values: dict, name: str, *inside: str) -> Any:
-    """Removes the value at a path, and the sections that it leaves empty."""
-    if not inside:
+def _pop_path(values: dict, name: str, *rest: str) -> Any:
+    """Removes and returns the value at a path, and removes sections that become empty."""
+    if not rest:
         return values.pop(name)
-    value = _take(values[name], *inside)
+    value = _pop_path(values[name], *rest)
     if not values[name]:
         del values[name]
     return value
@@ -82,46 +83,46 @@ def _set_fields(node: Any, values: dict, prefix: str = "") -> None:
     for f in dataclasses.fields(node):
         path = f"{prefix}{f.name}"
         if dataclasses.is_dataclass(f.type):
-            _set_fields(getattr(node, f.name), _section(path, values.get(f.name, {})), f"{path}.")
+            _set_fields(getattr(node, f.name), _check_section(path, values.get(f.name, {})), f"{path}.")
         elif f.name in values:
-            setattr(node, f.name, _read(path, values[f.name], f.type))
+            setattr(node, f.name, _convert_value(path, values[f.name], f.type))
         elif path in FIRST_DEFAULTS:
-            setattr(node, f.name, _read(path, FIRST_DEFAULTS[path], f.type))
+            setattr(node, f.name, _convert_value(path, FIRST_DEFAULTS[path], f.type))
 
 
-def _section(path: str, value: Any) -> dict:
+def _check_section(path: str, value: Any) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} is {reprlib.repr(value)}; it must be a section with fields of its own")
     return value
 
 
-def _read(path: str, value: Any, kind: Any) -> Any:
-    """A value of the field's type, from what JSON has for it."""
-    must = f"of type {kind.__name__}"
+def _convert_value(path: str, value: Any, kind: Any) -> Any:
+    """Converts a JSON value to the type of the field."""
+    expected = f"of type {kind.__name__}"
     if kind is ConfigDict:
-        must = "a section of options by their names"
+        expected = "a section of options by their names"
         if isinstance(value, dict):
             with contextlib.suppress(AttributeError, ValueError):  # a name with a dot in it, or of a method of Python's
                 return ConfigDict(value)
     elif kind == tuple[str, ...]:
-        must = "a list of texts"
+        expected = "a list of texts"
         if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
             return tuple(value)
     elif kind is float and type(value) is int:
-        must = "a number that fits a float"
+        expected = "a number that fits a float"
         with contextlib.suppress(OverflowError):
             return float(value)
     elif type(value) is kind:
         return value
-    raise UserError(f"{path} is {reprlib.repr(value)}; it must be {must}")
+    raise UserError(f"{path} is {reprlib.repr(value)}; it must be {expected}")
 
 
-def _unknown(node: Any, values: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The paths that lead to no field, each with the nearest name that does."""
+def _find_unknown(node: Any, values: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the path of each unknown field, with a suggestion."""
     fields = {f.name: f.type for f in dataclasses.fields(node)}
     for name, value in values.items():
         if name not in fields:
             name = str(name)
-            yield prefix + (name if name.isprintable() else repr(name)), nearest(name, fields)
+            yield prefix + (name if name.isprintable() else repr(name)), suggest(name, fields)
         elif dataclasses.is_dataclass(fields[name]):
-            yield from _unknown(getattr(node, name), value, f"{prefix}{name}.")
+            yield from _find_unknown(getattr(node, name), value, f"{prefix}{name}.")

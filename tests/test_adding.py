@@ -51,8 +51,8 @@ def test_it_learns(name):
 def test_it_is_counted(name):
     config = tiny.config(**FIELDS[name], model__scan=False, model__executor="einsum")
     leaves = jax.tree.leaves(jax.eval_shape(functional(config.model).init, jax.random.key(0)))
-    assert cost.parameters(config.model).total == sum(leaf.size for leaf in leaves)
-    parts = cost.flops(config.model, config.data.length).parts
+    assert cost.count_parameters(config.model).total == sum(leaf.size for leaf in leaves)
+    parts = cost.count_flops(config.model, config.data.length).parts
     counted = sum(part.training for part in parts if part.name != "elementwise")
     tokens = config.training.batch * config.data.length
     assert dot_flops(gradient_program(config)) / tokens == pytest.approx(counted, rel=1e-5)
@@ -62,8 +62,8 @@ def test_it_is_counted(name):
 @every
 def test_it_has_a_twin_of_equal_flops(name):
     config = tiny.config(**FIELDS[name])
-    twin = cost.twin(config)
-    sparse, dense = (cost.flops(c.model, c.data.length) for c in (config, twin))
+    twin = cost.dense_twin(config)
+    sparse, dense = (cost.count_flops(c.model, c.data.length) for c in (config, twin))
     unit = 3 * 2 * 2 * config.model.width  # of hidden width; widths are whole numbers
     assert abs(sparse.training - sparse.router - dense.training) <= unit / 2
     assert not twin.model.sparse and twin.model.attention == config.model.attention

@@ -17,11 +17,11 @@ from sparse_lm.config import (
     choice,
     digest,
     from_dict,
-    identity,
+    identity_fields,
     resolve,
     to_dict,
 )
-from sparse_lm.cost.twin import twin
+from sparse_lm.cost.twin import dense_twin
 from sparse_lm.errors import UserError
 
 
@@ -72,7 +72,7 @@ def test_infinite_capacity_survives_json():
 def test_the_twin_has_a_dense_layer_as_wide_as_the_experts_of_a_token():
     made = Model(experts=8, top_k=2, expert_width=48, ffn_width=200, router=choice("topk"))
     config = Config(name="x", model=made)
-    dense = twin(config)
+    dense = dense_twin(config)
     changed = {k for k, v in to_dict(dense)["model"].items() if v != to_dict(resolve(config))["model"][k]}
     assert changed == {"experts", "top_k", "expert_width"}
     assert (dense.model.experts, dense.model.expert_width, dense.model.ffn_width) == (0, 96, 200)
@@ -80,7 +80,7 @@ def test_the_twin_has_a_dense_layer_as_wide_as_the_experts_of_a_token():
     for part in ("data", "mesh", "optimizer", "training", "evaluation"):
         assert getattr(dense, part) == getattr(resolve(config), part)
     with pytest.raises(UserError, match="no dense twin"):
-        twin(dense)
+        dense_twin(dense)
 
 
 def test_identity_leaves_out_what_may_change_on_the_way():
@@ -93,14 +93,14 @@ def test_identity_leaves_out_what_may_change_on_the_way():
         data=dataclasses.replace(config.data, tokenizer="/moved/tokenizer.json"),
         cache="/elsewhere",
     )
-    assert identity(resolve(free)) == identity(config)
+    assert identity_fields(resolve(free)) == identity_fields(config)
     for path, other in {
         "model": Model(width=64, heads=2),
         "data": Data(length=64),
         "optimizer": Optimizer(learning_rate=1.0),
         "training": Training(seed=1),
     }.items():
-        assert identity(resolve(dataclasses.replace(config, **{path: other}))) != identity(config)
+        assert identity_fields(resolve(dataclasses.replace(config, **{path: other}))) != identity_fields(config)
 
 
 def given(path, value):

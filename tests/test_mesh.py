@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
-from sparse_lm.mesh import constrain, make_mesh, spec
+from sparse_lm.mesh import constrain, make_mesh, partition_spec
 from sparse_lm.models import functional
 from sparse_lm.routing import ROUTERS
 from sparse_lm.step.fit import check_fit
@@ -174,8 +174,8 @@ def test_a_config_that_fits_is_accepted():
 
 
 def test_axes_of_arrays_become_axes_of_the_mesh():
-    assert spec("experts", "width", "hidden") == PartitionSpec(("expert",), ("fsdp",), ("tensor",))
-    assert spec("batch", None, "norm") == PartitionSpec(("data", "fsdp", "expert"), None, None)
+    assert partition_spec("experts", "width", "hidden") == PartitionSpec(("expert",), ("fsdp",), ("tensor",))
+    assert partition_spec("batch", None, "norm") == PartitionSpec(("data", "fsdp", "expert"), None, None)
 
 
 def test_without_a_mesh_nothing_is_constrained():

@@ -21,8 +21,8 @@ class Mutant(NamedTuple):
 MUTANTS = {
     "level of the interval in a verdict": Mutant(
         "scaling/statistics.py",
-        "(bounds := interval(differences))",
-        "(bounds := interval(differences, 0.8))",
+        "(bounds := confidence_interval(differences))",
+        "(bounds := confidence_interval(differences, 0.8))",
         "scaling",
     ),
     "dropped share without its denominator": Mutant(
@@ -62,7 +62,7 @@ MUTANTS = {
         "runs/checkpoints.py", "best = min(steps", "best = max(steps", "runs/test_checkpoints.py"
     ),
     "the last batch of an evaluation is left out": Mutant(
-        "data/corpus.py", "-(-len(chosen) // batch))", "max(1, len(chosen) // batch))", "data/test_corpus.py"
+        "data/corpus.py", "-(-len(interleaved) // batch))", "max(1, len(interleaved) // batch))", "data/test_corpus.py"
     ),
     "an exchange buffer in evaluation": Mutant(
         "models/expert_layer.py",

@@ -4,13 +4,13 @@ import pytest
 from flax import nnx
 
 from sparse_lm.models import functional
-from sparse_lm.parameter import matrix, ones
+from sparse_lm.parameter import init_matrix, init_ones
 from tests import tiny
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1])
 def test_a_matrix_is_a_truncated_normal_of_variance_scale_over_fan_in(scale):
-    values = np.asarray(matrix(nnx.Rngs(params=0), (400, 500), ("width", "hidden"), fan_in=400, scale=scale)[...])
+    values = np.asarray(init_matrix(nnx.Rngs(params=0), (400, 500), ("width", "hidden"), fan_in=400, scale=scale)[...])
     deviation = (scale / 400) ** 0.5
     assert values.std() == pytest.approx(deviation, rel=0.01)
     assert values.mean() == pytest.approx(0, abs=0.01 * deviation)
@@ -30,7 +30,7 @@ def test_axes_travel_with_parameters():
     assert named["prefix"][0]["feed_forward"]["gate"] == {"width": 16, "hidden": 32}
     assert named["embedding"] == {"vocabulary": 64, "table_width": 16}
     assert named["norm"]["scale"] == {"norm": 16}
-    assert ones((3,), ("norm",)).get_metadata("axes") == ("norm",)
+    assert init_ones((3,), ("norm",)).get_metadata("axes") == ("norm",)
 
 
 def test_every_matrix_starts_with_the_deviation_of_its_fan_in():

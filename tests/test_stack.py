@@ -30,7 +30,7 @@ def test_a_decoder_has_a_prefix_and_a_period_whose_last_layer_has_the_experts():
     stack = decoder_stack(model)
     assert [spec.routed for spec in stack.layers] == [False, False, False, True, False, False, True]
     assert [spec.hidden for spec in stack.layers] == [32, 32, 32, 9, 32, 32, 9]
-    assert (stack.routed, stack.repeats) == ([3, 6], 2)
+    assert (stack.routed_layers, stack.repeats) == ([3, 6], 2)
     assert [spec.feed_forward.name for spec in stack.period] == ["dense", "dense", "experts"]
 
 
@@ -51,7 +51,7 @@ def test_what_stands_in_the_last_place(fields, kind):
 def test_what_is_routed_is_split_by_place_and_joined_by_layer(name):
     """Against a loop over the layers: each finds its own, and reports come back in the order of the layers."""
     stack = STACKS[name]
-    count = len(stack.routed)
+    count = len(stack.routed_layers)
     by_layer = {"bias": jnp.arange(count * 2).reshape(count, 2)}
     prefix, period = split_routed(by_layer, stack)
     found = [tree for spec, tree in zip(stack.prefix, prefix) if spec.routed]

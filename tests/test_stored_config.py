@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_lm import __version__, stored_config
-from sparse_lm.config import Config, Data, Model, from_dict, identity, resolve, to_dict
+from sparse_lm.config import Config, Data, Model, from_dict, identity_fields, resolve, to_dict
 from sparse_lm.errors import UserError
 
 ARCHIVES = sorted((pathlib.Path(__file__).parent / "fixtures/runs").glob("*.tar.xz"))
@@ -71,9 +71,9 @@ def test_a_config_from_before_a_field_is_of_the_same_identity_as_one_with_its_de
         old[part].pop(name, None)
     old["data"]["tokenizer"] = "here.json"
     assert "attention" not in old["model"] and "feed_forward" not in old["model"]
-    assert identity(resolve(from_dict(old))) == identity(config)
-    assert identity(config)["model.attention.name"] == "full"
-    assert not any("tokenizer" in path for path in identity(config))
+    assert identity_fields(resolve(from_dict(old))) == identity_fields(config)
+    assert identity_fields(config)["model.attention.name"] == "full"
+    assert not any("tokenizer" in path for path in identity_fields(config))
 
 
 def test_what_is_missing_takes_the_default_it_had_when_it_was_added():

@@ -19,7 +19,7 @@ from sparse_lm.config import choice
 from sparse_lm.errors import UserError
 from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.kernels.block_sparse import block_sparse_matmul
-from sparse_lm.layouts import layout
+from sparse_lm.layouts import build_layout
 
 DENSITIES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 
@@ -48,11 +48,11 @@ def compare(values: flags.FlagValues, width_in: int, width_out: int) -> None:
     for density in DENSITIES:
         name, chosen = f"1/{round(1 / density)}", choice(values.layout, density=density, block=values.block)
         try:
-            made = layout(chosen, width_in, width_out, "layout")
+            made = build_layout(chosen, width_in, width_out, "layout")
         except UserError as error:
             print(f"  {name:>5}: {error}")
             continue
-        densities[name] = made.count / (made.shape[0] * made.shape[1])
+        densities[name] = made.num_blocks / (made.shape[0] * made.shape[1])
         sides[name] = sparse(values.tokens, made)
     times = alternate(sides, values.rounds)
     flops = 6 * values.tokens * width_in * width_out
@@ -70,7 +70,7 @@ def dense(tokens: int, width_in: int, width_out: int):
 
 def sparse(tokens: int, made):
     product = lambda x, blocks: block_sparse_matmul(x, blocks, made)
-    return timed(product, (tokens, made.width_in), (made.count, made.block, made.block), made.width_out)
+    return timed(product, (tokens, made.width_in), (made.num_blocks, made.block, made.block), made.width_out)
 
 
 def timed(product, shape_x, shape_w, width_out):

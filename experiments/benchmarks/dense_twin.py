@@ -19,9 +19,9 @@ from absl import flags
 from experiments.benchmarks.alternate import alternate, machine, ratio, share
 from sparse_lm.command_line import define_config
 from sparse_lm.config import Config, choice, resolve
-from sparse_lm.cost.flops import flops
-from sparse_lm.cost.info import table
-from sparse_lm.cost.twin import twin
+from sparse_lm.cost.flops import count_flops
+from sparse_lm.cost.info import format_table
+from sparse_lm.cost.twin import dense_twin
 from sparse_lm.experts.auto import executor_name
 from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.mesh import make_mesh
@@ -45,7 +45,7 @@ def main() -> None:
         for experts in map(int, values.experts):
             sparse = _with(values.config, experts, k)
             rows += measure(sparse, values.executors, values.rounds)
-    print(table(rows))
+    print(format_table(rows))
 
 
 def _with(config: Config, experts: int, k: int) -> Config:
@@ -55,13 +55,13 @@ def _with(config: Config, experts: int, k: int) -> Config:
 
 
 def measure(sparse: Config, executors: list[str], rounds: int) -> list[tuple[str, ...]]:
-    configs = {"dense": twin(sparse)}
+    configs = {"dense": dense_twin(sparse)}
     for name in executors:
         configs[name] = resolve(dataclasses.replace(sparse, model=dataclasses.replace(sparse.model, executor=name)))
     programs = {name: runs(config) for name, config in configs.items()}
     steps = alternate({name: step for name, (step, _) in programs.items()}, rounds)
     gradients = alternate({name: run for name, (_, run) in programs.items()} | {"machine": machine()}, rounds)
-    needed = sparse.training.batch * sparse.data.length * flops(sparse.model, sparse.data.length).training
+    needed = sparse.training.batch * sparse.data.length * count_flops(sparse.model, sparse.data.length).training
     fastest = min(set(executors) - {"auto"} or executors, key=lambda name: np.median(steps[name]))
     chosen = executor_name(sparse.model, router_of(sparse.model).form, jax.default_backend())
     return [

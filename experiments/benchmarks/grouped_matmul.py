@@ -16,9 +16,9 @@ import numpy as np
 from absl import flags
 
 from experiments.benchmarks.alternate import alternate, machine, ratio, share
-from sparse_lm.cost.info import table
+from sparse_lm.cost.info import format_table
 from sparse_lm.host_memory import keep_freed_memory
-from sparse_lm.kernels import alignment, grouped_matmul
+from sparse_lm.kernels import choose_alignment, grouped_matmul
 
 SHAPES = [
     "4096,8,128,512",
@@ -41,7 +41,7 @@ def main() -> None:
     for shape in values.shapes:
         tokens, experts, width, columns = map(int, shape.split(","))
         for d, f in ((width, columns), (columns, width)):
-            aligned = values.aligned or alignment(jax.default_backend(), tokens, experts)
+            aligned = values.aligned or choose_alignment(jax.default_backend(), tokens, experts)
             sizes = draw(tokens, experts)
             padded = -(-sizes // aligned) * aligned
             runs = sides(tokens, experts, d, f, padded, aligned)
@@ -57,7 +57,7 @@ def main() -> None:
                 ratio(times, "grouped gradients", "dense gradients"),
                 share(times, "grouped gradients", 3 * 2 * tokens * d * f),
             ))  # fmt: skip
-    print(table(rows))
+    print(format_table(rows))
 
 
 def draw(tokens: int, experts: int) -> np.ndarray:

@@ -21,8 +21,8 @@ from experiments.benchmarks.alternate import alternate, machine, ratio, share
 from experiments.benchmarks.dense_twin import runs
 from sparse_lm.command_line import define_config
 from sparse_lm.config import Config, resolve
-from sparse_lm.cost.flops import flops
-from sparse_lm.cost.info import table
+from sparse_lm.cost.flops import count_flops
+from sparse_lm.cost.info import format_table
 from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.models import Context
 from sparse_lm.models.expert_layer import ExpertLayer
@@ -45,7 +45,7 @@ def main() -> None:
             timed |= {f"{count} step": runs(config)[0], f"{count} layer": layer(config)}
         times = alternate(timed | {"machine": machine()}, values.rounds)
         tokens = batch * config.data.length
-        parts = flops(config.model, config.data.length).parts
+        parts = count_flops(config.model, config.data.length).parts
         needed = tokens * next(part.model_training for part in parts if part.name == "experts")
         per_token = {count: np.median(times[f"{count} layer"]) / tokens for count in values.experts}
         first = first or per_token
@@ -53,7 +53,7 @@ def main() -> None:
             step, alone = (ratio(times, f"{count} {what}", f"{fewest} {what}") for what in ("step", "layer"))
             of_machine = share(times, f"{count} layer", needed)
             rows.append((str(tokens), count, step, alone, f"{per_token[count] / first[count]:.2f}", of_machine))
-    print(table(rows))
+    print(format_table(rows))
 
 
 def _with(config: Config, experts: int, batch: int) -> Config:

@@ -218,9 +218,9 @@ def jax_config(setup: dict):
 
 def model_flops(setup: dict) -> float:
     """Of a token in training."""
-    from sparse_lm.cost.flops import flops
+    from sparse_lm.cost.flops import count_flops
 
-    return flops(jax_config(setup).model, LENGTH).training
+    return count_flops(jax_config(setup).model, LENGTH).training
 
 
 def jax_programs(setup: dict) -> dict:

@@ -20,7 +20,7 @@ from experiments.benchmarks.dense_twin import runs
 from experiments.routers import CHOICES
 from sparse_lm.command_line import define_config
 from sparse_lm.config import Config, resolve
-from sparse_lm.cost.info import table
+from sparse_lm.cost.info import format_table
 from sparse_lm.host_memory import keep_freed_memory
 from sparse_lm.registry import create
 from sparse_lm.routing import ROUTERS, ExpertChoice, SoftSlots
@@ -44,7 +44,7 @@ def main() -> None:
     first = values.routers[0]
     rows = [("router", "share of its step", f"step over {first}'s")]
     rows += [(name, ratio(times, f"{name} alone", name), ratio(times, name, first)) for name in values.routers]
-    print(table(rows))
+    print(format_table(rows))
 
 
 def alone(config: Config):
@@ -66,7 +66,7 @@ def alone(config: Config):
     @jax.jit
     def route(parameters, x):
         one = lambda x, _: (x + 1e-6 * jax.grad(total, argnums=1, has_aux=True)(parameters, x)[0], None)
-        return jax.lax.scan(one, x, length=len(decoder_stack(model).routed))[0]
+        return jax.lax.scan(one, x, length=len(decoder_stack(model).routed_layers))[0]
 
     return lambda: route(parameters, x)
 

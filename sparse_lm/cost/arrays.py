@@ -1,4 +1,4 @@
-"""Every parameter array of a model by logical layer, as the modules themselves declare it."""
+"""The parameter arrays of a model by layer, as the modules declare them."""
 
 import math
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ from sparse_lm.config import Model
 from sparse_lm.models import functional
 from sparse_lm.parameter import Axes, key_names
 
-# The part that an array counts for, by a name in its path; the first that is found. Norms are named by their parent.
+# The part of an array is the first of these names in its path. Other arrays are norms.
 PARTS = ("router", "experts", "shared", "attention", "feed_forward", "embedding", "output")
 
 
 @dataclass(frozen=True)
-class Array:
-    """One parameter array of one layer (None: outside the layers)."""
+class ParameterArray:
+    """One parameter array of one layer."""
 
-    layer: int | None
+    layer: int | None  # None: outside the layers
     path: tuple[str, ...]  # within the layer
     axes: Axes
     shape: tuple[int, ...]
@@ -34,27 +34,26 @@ class Array:
         return math.prod(self.shape)
 
     @property
-    def matrix(self) -> tuple[int, int]:
-        """Inputs and outputs of the matrix, of one expert or block where there are several; heads and their width are
-        one."""
+    def matrix_shape(self) -> tuple[int, int]:
+        """Inputs and outputs of the matrix, or of one expert's or block's; heads and head width are one axis."""
         shape = self.shape[1:] if self.axes[0] in ("experts", "blocks") else self.shape
-        inputs = 1 if self.axes[0] != "heads" else 2
-        return math.prod(shape[:inputs]), math.prod(shape[inputs:])
+        input_axes = 1 if self.axes[0] != "heads" else 2
+        return math.prod(shape[:input_axes]), math.prod(shape[input_axes:])
 
 
-def arrays(model: Model) -> Iterator[Array]:
-    """The arrays of a resolved model, those of each layer together."""
+def parameter_arrays(model: Model) -> Iterator[ParameterArray]:
+    """Yields the arrays of a resolved model."""
     fns = functional(model)
-    axes = dict(_leaves(fns.axes, is_leaf=lambda a: isinstance(a, tuple)))
-    for path, leaf in _leaves(fns.shapes):
+    axes = dict(_named_leaves(fns.axes, is_leaf=lambda a: isinstance(a, tuple)))
+    for path, leaf in _named_leaves(fns.shapes):
         if path[0] not in ("prefix", "period"):
-            yield Array(None, path, axes[path], leaf.shape)
+            yield ParameterArray(None, path, axes[path], leaf.shape)
             continue
-        part, place, *inside = path
+        part, place, *path_in_layer = path
         stacked = part == "period"
-        for layer in fns.stack.numbers(part, place):
-            yield Array(layer, tuple(inside), axes[path][stacked:], leaf.shape[stacked:])
+        for layer in fns.stack.layer_numbers(part, place):
+            yield ParameterArray(layer, tuple(path_in_layer), axes[path][stacked:], leaf.shape[stacked:])
 
 
-def _leaves(tree, **options) -> list[tuple[tuple, object]]:
+def _named_leaves(tree, **options) -> list[tuple[tuple, object]]:
     return [(key_names(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree, **options)]

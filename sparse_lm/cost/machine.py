@@ -1,23 +1,30 @@
-"""What known accelerators can do at best: the two peaks of a roofline (Williams, Waterman and Patterson 2009)."""
+"""Peak FLOP/s and memory bandwidth of accelerators, for a roofline (Williams, Waterman and Patterson 2009)."""
 
 import re
 from typing import NamedTuple
 
 
 class Machine(NamedTuple):
-    """Peaks of one device as its maker gives them, without structured sparsity.
+    """Peaks of one device according to its maker, without structured sparsity.
 
-    On a TPU products of float32 run as bfloat16 at jax's default precision, on a GPU as TF32.
+    At jax's default precision, products of float32 run as bfloat16 on a TPU and as TF32 on a GPU.
+
+    Attributes:
+        name: of the device.
+        bfloat16: FLOP/s of matrix products.
+        float32: FLOP/s of matrix products at jax's default precision.
+        bandwidth: bytes/s between the device and its memory.
+        source: of these figures.
     """
 
     name: str
-    bfloat16: float  # FLOP/s of matrix products
-    float32: float  # FLOP/s of matrix products of float32 at jax's default precision
-    memory: float  # bytes/s between the device and its own memory
+    bfloat16: float
+    float32: float
+    bandwidth: float
     source: str
 
-    def products(self, dtype: str) -> float:
-        """FLOP/s of matrix products of float32 or bfloat16."""
+    def peak_flops(self, dtype: str) -> float:
+        """Returns the FLOP/s of matrix products of float32 or bfloat16."""
         return self.bfloat16 if dtype == "bfloat16" else self.float32
 
 
@@ -26,7 +33,7 @@ _A100 = "https://www.nvidia.com/en-us/data-center/a100"
 _H100 = "https://www.nvidia.com/en-us/data-center/h100"
 _H200 = "https://www.nvidia.com/en-us/data-center/h200"
 
-# By a pattern that is looked for in the device's kind (`jax.Device.device_kind`); the first that is found counts.
+# By a pattern for `jax.Device.device_kind`; the first that matches counts.
 MACHINES: dict[str, Machine] = {
     r"TPU v4$": Machine("TPU v4", 275e12, 275e12, 1.2e12, _TPU + "v4"),
     r"TPU v5( lite|e)$": Machine("TPU v5e", 197e12, 197e12, 819e9, _TPU + "v5e"),
@@ -40,6 +47,6 @@ MACHINES: dict[str, Machine] = {
 }
 
 
-def machine(kind: str) -> Machine | None:
-    """The machine of a device kind such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None for one not in the table."""
+def find_machine(kind: str) -> Machine | None:
+    """Finds a device kind such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3" in `MACHINES`; None if it is not there."""
     return next((known for pattern, known in MACHINES.items() if re.search(pattern, kind)), None)

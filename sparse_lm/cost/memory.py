@@ -1,7 +1,7 @@
-"""Bytes that hold parameters, gradients and optimizer state, together and on one device.
+"""Bytes of parameters, gradients and optimizer state, in total and on one device.
 
-They are those of the state that `step` makes. Activations are not counted: they depend on what the compiler keeps, and
-it is the compiler that reports them.
+They are those of the state that `step` makes. Activations are not counted: what is kept of them is up to the compiler,
+which reports it.
 """
 
 import math
@@ -32,11 +32,16 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer
 
 
-def memory(config: Config, mesh: Mesh | None = None) -> Memory:
-    """Memory of a resolved config's training state in bytes, on one device of a mesh whose sizes are all given; by
-    default that of one device alone, which holds everything.
+def compute_memory(config: Config, mesh: Mesh | None = None) -> Memory:
+    """Counts the bytes of a config's training state on one device.
 
-    Raises `UserError` for what can't be trained, `DoesNotFit` where the mesh does not divide the config's sizes.
+    Args:
+        config: resolved.
+        mesh: its sizes, all given; by default one device, which holds everything.
+
+    Raises:
+        UserError: for what can't be trained.
+        DoesNotFit: if the mesh does not divide the config's sizes.
     """
     devices = AbstractMesh(tuple(getattr(mesh or Mesh(data=1), axis) for axis in AXES), AXES)
     fns = functional(config.model)

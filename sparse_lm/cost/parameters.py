@@ -1,15 +1,15 @@
-"""How many parameters a model has, and how many of them one token uses."""
+"""Counts the parameters of a model, and those that one token uses."""
 
 from dataclasses import dataclass, fields
 
 from sparse_lm.config import Model
-from sparse_lm.cost.arrays import arrays
+from sparse_lm.cost.arrays import parameter_arrays
 from sparse_lm.models.expert_layer import experts_per_token
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters by part; `experts` holds all of them, `active_experts` those that one token uses."""
+    """Numbers of parameters by part. `experts` counts all experts, `active_experts` those that one token uses."""
 
     embedding: int = 0
     attention: int = 0
@@ -18,7 +18,7 @@ class Parameters:
     shared_experts: int = 0
     router: int = 0
     norms: int = 0
-    output: int = 0  # 0 where it is the transposed embedding
+    output: int = 0  # 0 if it is the transposed embedding
     active_experts: int = 0
 
     @property
@@ -27,14 +27,14 @@ class Parameters:
 
     @property
     def active(self) -> int:
-        """What one token uses: all but the experts it is not sent to. The whole embedding counts, as is usual."""
+        """Parameters that one token uses: all but other experts. By convention the whole embedding counts."""
         return self.total - self.experts + self.active_experts
 
 
-def parameters(model: Model, layer: int | None = None) -> Parameters:
-    """The parameters of a resolved model, or of one of its layers."""
+def count_parameters(model: Model, layer: int | None = None) -> Parameters:
+    """Counts the parameters of a resolved model, or of one of its layers."""
     counts: dict[str, int] = {}
-    for array in arrays(model):
+    for array in parameter_arrays(model):
         if layer is None or array.layer == layer:
             counts[array.part] = counts.get(array.part, 0) + array.size
     if "experts" in counts:

@@ -1,4 +1,4 @@
-"""Text to batches: `prepare` makes a corpus ready once; its batches are a pure function of (seed, number)."""
+"""From text to batches: `prepare` tokenizes and packs a corpus once; batch i is a pure function of (seed, i)."""
 
 from sparse_lm.data.corpus import Corpus, prepare
 from sparse_lm.data.pipeline import Batches, Prefetch, device_batch

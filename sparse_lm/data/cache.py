@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, made by one process at a time."""
+"""Files and folders that are complete or do not exist, each made by one process at a time."""
 
 import contextlib
 import fcntl
@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def temporary(final: epath.Path) -> Iterator[epath.Path]:
-    """A path beside `final` to write to, renamed to it at the end and removed after an error."""
+def atomic_path(final: epath.Path) -> Iterator[epath.Path]:
+    """Yields a path beside `final` to write to, which is renamed to `final` at the end and removed after an error."""
     host = socket.gethostname()
-    for left in final.parent.glob(f".{final.name}.{host}.*"):  # by a process that was killed: we hold the lock
-        _remove(left)
+    for leftover in final.parent.glob(f".{final.name}.{host}.*"):  # of a killed process: this one holds the lock
+        _remove(leftover)
     path = final.parent / f".{final.name}.{host}.{uuid.uuid4().hex}"
     try:
         yield path
@@ -26,7 +26,7 @@ def temporary(final: epath.Path) -> Iterator[epath.Path]:
             os.replace(path, final)
         except OSError:
             if not final.exists():
-                raise  # otherwise another process was first, with the same content
+                raise  # otherwise another process was first, and wrote the same
     finally:
         _remove(path)
 
@@ -39,8 +39,8 @@ def _remove(path: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: epath.Path) -> Iterator[None]:
-    """One process of a machine (or of a file system with locks) at a time; elsewhere the first to rename is taken."""
+def file_lock(path: epath.Path) -> Iterator[None]:
+    """Holds a lock, for which other processes wait. Does nothing on a file system without locks."""
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

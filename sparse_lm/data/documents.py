@@ -1,24 +1,24 @@
-"""What a source gives: documents, each with its place in the corpus."""
+"""Documents, and the interface of the readers that yield them."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 
 class Document(NamedTuple):
-    """One text. `kind` is the split its source puts it in; "" leaves it to the document's hash."""
+    """One text."""
 
     text: str
-    kind: str = ""  # "", train, validation, test, heldout_domain
-    domain: str = ""  # evaluated apart where it has a name
+    kind: str = ""  # the split: train, validation, test or heldout_domain; "": by the hash of the text
+    domain: str = ""  # a domain with a name is evaluated separately
 
 
 class Reader(Protocol):
-    """What a kind of source gives. Both methods raise `UserError` for what can't be read."""
+    """Reads one kind of source. Both methods raise `UserError` for text that can't be read."""
 
-    name: str  # short, of letters, digits and _
+    name: str  # letters, digits and _
 
-    def key(self) -> str:
-        """Changes whenever the documents change, and is much faster than reading them all."""
+    def fingerprint(self) -> str:
+        """Computes a hash that changes with the documents, much faster than by parsing them."""
 
     def documents(self) -> Iterator[Document]:
-        """All documents, in the same order every time."""
+        """Yields all documents, always in the same order."""

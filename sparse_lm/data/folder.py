@@ -14,12 +14,12 @@ from typing import BinaryIO
 from etils import epath
 
 from sparse_lm.data.documents import Document
-from sparse_lm.errors import UserError, nearest
+from sparse_lm.errors import UserError, suggest
 
 SUFFIXES = (".txt", ".md", ".jsonl")
-# A text file is one document up to here. A longer one is cut, at the first blank line after PIECE bytes or the first
-# line end after twice as many, so that a single book still has a validation split.
-PIECE = 16 << 10
+# A text file up to this size is one document. A longer one is cut at the first blank line after that many bytes, or at
+# the first line end after twice as many, so that a single book still has a validation split.
+PIECE_BYTES = 16 << 10
 
 
 @dataclass
@@ -27,80 +27,80 @@ class Folder:
     """Documents are the lines of .jsonl files and the pieces of other files; first-level sub-folders are domains."""
 
     path: str  # may be gs://…
-    field: str = "text"  # of a .jsonl line
-    heldout: str = "heldout"  # the sub-folder that training never sees
+    field: str = "text"  # the field of a .jsonl line that holds the text
+    heldout: str = "heldout"  # the sub-folder that is never trained on
 
     def __post_init__(self):
         self.root = epath.Path(self.path).expanduser()
         self.name = re.sub(r"\W+", "_", self.root.name, flags=re.ASCII).strip("_") or "folder"
 
-    def key(self) -> str:
-        files = self._files()
+    def fingerprint(self) -> str:
+        files = self._list_files()
         with ThreadPoolExecutor(8) as pool:
-            hashes = list(pool.map(_content_hash, files))
+            hashes = list(pool.map(_hash_content, files))
         names = [str(path.relative_to(self.root)) for path in files]
         return hashlib.sha256(json.dumps([self.field, self.heldout, names, hashes]).encode()).hexdigest()
 
     def documents(self) -> Iterator[Document]:
-        for path in self._files():
+        for path in self._list_files():
             parts = path.relative_to(self.root).parts
             domain = parts[0] if len(parts) > 1 else ""
             kind, domain = ("heldout_domain", "") if domain == self.heldout else ("", domain)
             with path.open("rb") as raw:
                 file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-                lines = path.name.removesuffix(".gz").endswith(".jsonl")
-                texts = self._lines(path, file) if lines else _pieces(path, file)
+                is_jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
+                texts = self._read_jsonl(path, file) if is_jsonl else _read_pieces(path, file)
                 try:
                     yield from (Document(text, kind, domain) for text in texts)
                 except (gzip.BadGzipFile, EOFError, zlib.error) as e:
                     raise UserError(f"{path} is not a whole gzip file ({e}); pack it again") from None
 
-    def _files(self) -> list[epath.Path]:
+    def _list_files(self) -> list[epath.Path]:
         if not self.root.is_dir():
-            what = "is a file, not a folder; name the folder it is in" if self.root.exists() else "does not exist"
-            raise UserError(f"data source folder:{self.path}: {self.root} {what}")
-        files = sorted(path for path in _visible(self.root) if path.name.removesuffix(".gz").endswith(SUFFIXES))
+            problem = "is a file, not a folder; name the folder it is in" if self.root.exists() else "does not exist"
+            raise UserError(f"data source folder:{self.path}: {self.root} {problem}")
+        files = sorted(path for path in _walk_visible(self.root) if path.name.removesuffix(".gz").endswith(SUFFIXES))
         if not files:
             raise UserError(f"data source folder:{self.path}: no {', '.join(SUFFIXES)} files in it, plain or .gz")
         domains = {path.relative_to(self.root).parts[0] for path in files if path.parent != self.root}
         if self.heldout != "heldout" and self.heldout not in domains:
-            near = nearest(self.heldout, domains) if domains else "; it has no sub-folders with text"
-            raise UserError(f"data source folder:{self.path}: no sub-folder {self.heldout!r} to hold out{near}")
+            hint = suggest(self.heldout, domains) if domains else "; it has no sub-folders with text"
+            raise UserError(f"data source folder:{self.path}: no sub-folder {self.heldout!r} to hold out{hint}")
         return files
 
-    def _lines(self, path: epath.Path, file: BinaryIO) -> Iterator[str]:
+    def _read_jsonl(self, path: epath.Path, file: BinaryIO) -> Iterator[str]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            where = f"{path}, line {number}"
+            location = f"{path}, line {number}"
             try:
                 record = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError as e:
-                raise UserError(f"{where}: not UTF-8 at byte {e.start} of the line") from None
+                raise UserError(f"{location}: not UTF-8 at byte {e.start} of the line") from None
             except json.JSONDecodeError as e:
-                raise UserError(f"{where}: not JSON ({e.msg} at column {e.colno})") from None
+                raise UserError(f"{location}: not JSON ({e.msg} at column {e.colno})") from None
             if not isinstance(record, dict):
-                raise UserError(f"{where}: a JSON object was expected, this is a {type(record).__name__}")
+                raise UserError(f"{location}: a JSON object was expected, this is a {type(record).__name__}")
             if self.field not in record:
                 raise UserError(
-                    f"{where}: no field {self.field!r}{nearest(self.field, record)} (set it with ?field=NAME)"
+                    f"{location}: no field {self.field!r}{suggest(self.field, record)} (set it with ?field=NAME)"
                 )
             if not isinstance(text := record[self.field], str):
-                raise UserError(f"{where}: field {self.field!r} is a {type(text).__name__}, not a text")
+                raise UserError(f"{location}: field {self.field!r} is a {type(text).__name__}, not a text")
             # JSON can write halves of surrogate pairs, which are no text.
             yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _visible(folder: epath.Path) -> Iterable[epath.Path]:
+def _walk_visible(folder: epath.Path) -> Iterable[epath.Path]:
     for path in folder.iterdir():
         if not path.name.startswith("."):
             if path.is_dir():
-                yield from _visible(path)
+                yield from _walk_visible(path)
             else:
                 yield path
 
 
-def _content_hash(path: epath.Path) -> str:
+def _hash_content(path: epath.Path) -> str:
     try:
         with path.open("rb") as file:
             digest = hashlib.sha256()
@@ -111,23 +111,23 @@ def _content_hash(path: epath.Path) -> str:
     return digest.hexdigest()
 
 
-def _pieces(path: epath.Path, file: BinaryIO) -> Iterator[str]:
-    """The file's text, whole or cut; nothing is lost and nothing is decoded twice."""
+def _read_pieces(path: epath.Path, file: BinaryIO) -> Iterator[str]:
+    """Yields the text of a file in pieces that add up to it."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     piece, size, offset = [], 0, 0
     while True:
-        line = file.readline(PIECE)
+        line = file.readline(PIECE_BYTES)
         pending = len(decoder.getstate()[0])
         try:
             piece.append(decoder.decode(line, final=not line))
         except UnicodeDecodeError as e:
-            place = offset - pending + e.start
-            raise UserError(f"{path}: not UTF-8 at byte {place} ({e.reason}); convert it, e.g. with iconv") from None
+            position = offset - pending + e.start
+            raise UserError(f"{path}: not UTF-8 at byte {position} ({e.reason}); convert it, e.g. with iconv") from None
         if offset == 0:
             piece[0] = piece[0].removeprefix("\ufeff")
         offset += len(line)
         size += len(line)
-        if not line or (size >= PIECE and not line.strip()) or (size >= 2 * PIECE):
+        if not line or (size >= PIECE_BYTES and not line.strip()) or (size >= 2 * PIECE_BYTES):
             if text := "".join(piece):
                 yield text
             piece, size = [], 0

@@ -1,4 +1,4 @@
-"""Documents to rows of fixed length, and rows to the arrays that a model takes."""
+"""Packs documents into rows of fixed length, and unpacks rows into the arrays that a model takes."""
 
 from collections.abc import Sequence
 
@@ -8,29 +8,44 @@ Row = dict[str, np.ndarray]
 
 
 class Packer:
-    """Places documents one after another and cuts the stream where a row ends.
+    """Concatenates documents and cuts the stream into rows.
 
-    A document of tokens t1 … tn is n + 1 predictions: inputs [end, t1 … tn], targets [t1 … tn, end]. The stream's
-    targets are then its inputs moved by one, so that a stored row is `tokens` [L + 1], `segments` [L] (1, 2, … for the
-    row's documents, 0 for padding) and `bytes` (of text in the targets).
+    A document of tokens t1 … tn is n + 1 predictions: inputs [end, t1 … tn], targets [t1 … tn, end]. The targets of the
+    stream are its inputs shifted by one, so a row holds `tokens` [L + 1], `segments` [L] (1, 2, … for the documents in
+    the row, 0 for padding) and `bytes` (of text in the targets).
     """
 
     def __init__(self, length: int, end_of_text: int, byte_lengths: np.ndarray):
-        self.length, self.end, self.byte_lengths = length, end_of_text, byte_lengths
+        """Starts an empty stream.
+
+        Args:
+            length: L, tokens per row.
+            end_of_text: the token between documents.
+            byte_lengths: [V], bytes of text of each token.
+        """
+        self.length, self.end_of_text, self.byte_lengths = length, end_of_text, byte_lengths
         self.documents = 0  # packed so far
         self._stream = np.zeros((4, 0), np.int64)  # inputs, targets, document, bytes
 
     def add(self, documents: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[Row]:
-        """The rows that are full after adding documents of tokens, whose texts have `sizes` bytes."""
+        """Adds documents.
+
+        Args:
+            documents: token ids.
+            sizes: bytes of the text of each document.
+
+        Returns:
+            The rows that are now full.
+        """
         columns = [self._stream]
         for tokens, size in zip(documents, sizes, strict=True):
             self.documents += 1
             ids = np.asarray(tokens, np.int64)
             column = np.zeros((4, len(ids) + 1), np.int64)
-            column[0, 0], column[0, 1:] = self.end, ids
-            column[1, :-1], column[1, -1] = ids, self.end
+            column[0, 0], column[0, 1:] = self.end_of_text, ids
+            column[1, :-1], column[1, -1] = ids, self.end_of_text
             column[2] = self.documents
-            column[3, :-1] = _spread(self.byte_lengths[ids], size)
+            column[3, :-1] = _spread_bytes(self.byte_lengths[ids], size)
             columns.append(column)
         stream = np.concatenate(columns, axis=1)
         full = stream.shape[1] // self.length * self.length
@@ -38,13 +53,13 @@ class Packer:
         return self._rows(stream[:, :full])
 
     def finish(self) -> list[Row]:
-        """The last row, padded; none where the stream ended with a row."""
+        """Returns the last row, padded; no row if the stream ends with a full one."""
         if not (used := self._stream.shape[1]):
             return []
         stream = np.pad(self._stream, ((0, 0), (0, self.length - used)))
         self._stream = stream[:, :0]
         (row,) = self._rows(stream)
-        row["tokens"][used] = self.end
+        row["tokens"][used] = self.end_of_text
         row["segments"][used:] = 0
         return [row]
 
@@ -56,8 +71,8 @@ class Packer:
         return [{"tokens": t, "segments": s, "bytes": b} for t, s, b in zip(tokens, segments, sizes, strict=True)]
 
 
-def _spread(lengths: np.ndarray, size: int) -> np.ndarray:
-    """The bytes of each token, summing up to the text's `size` also where the tokenizer has normalised the text."""
+def _spread_bytes(lengths: np.ndarray, size: int) -> np.ndarray:
+    """Computes the bytes of each token, scaled to sum to `size` where the tokenizer has normalised the text."""
     ends = np.cumsum(lengths)
     if not len(ends) or ends[-1] == size:
         return lengths
@@ -65,15 +80,20 @@ def _spread(lengths: np.ndarray, size: int) -> np.ndarray:
     return np.diff(ends.astype(np.int64), prepend=0)
 
 
-def unpack(tokens: np.ndarray, segments: np.ndarray) -> Row:
-    """`inputs`, `targets`, `segments` and `positions`, int32 [B, L], of stored tokens [B, L + 1] and segments [B, L].
+def unpack_rows(tokens: np.ndarray, segments: np.ndarray) -> Row:
+    """Computes model inputs from stored rows.
 
-    Positions count from 0 in every piece of a document, also in one that goes on from the row before. All four are 0
-    where there is padding.
+    Args:
+        tokens: [B, L + 1].
+        segments: [B, L], 0 for padding.
+
+    Returns:
+        `inputs`, `targets`, `segments` and `positions`, int32 [B, L], 0 for padding. Positions start at 0 in every
+        piece of a document, also in one that continues from the row before.
     """
-    real = segments != 0
+    valid = segments != 0
     index = np.arange(segments.shape[1], dtype=np.int32)
     begins = np.diff(segments, axis=1, prepend=-1) != 0
     first = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
     arrays = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments, "positions": index - first}
-    return {name: np.where(real, value, 0).astype(np.int32) for name, value in arrays.items()}
+    return {name: np.where(valid, value, 0).astype(np.int32) for name, value in arrays.items()}

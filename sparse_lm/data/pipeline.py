@@ -1,4 +1,4 @@
-"""Batches as a pure function of their number, their arrays on the devices, and reading ahead."""
+"""Batches as a pure function of their number, as arrays on the devices, and prefetching."""
 
 import time
 from collections import deque
@@ -9,13 +9,19 @@ from typing import Generic, TypeVar
 import jax
 import numpy as np
 
-from sparse_lm.data.packing import unpack
+from sparse_lm.data.packing import unpack_rows
 
 T = TypeVar("T")
 
 
 class Interleaved(Sequence):
-    """The first rows (0: all) of several stored parts, in turns by weight, each part's rows evenly spread."""
+    """The first rows of several parts, in turns by weight. The first n rows of a part are spread evenly over it.
+
+    Args:
+        parts: the rows of each part.
+        weights: of each part.
+        rows: how many rows; 0: all.
+    """
 
     def __init__(self, parts: Sequence[Sequence], weights: Sequence[float], rows: int = 0):
         self._parts = parts
@@ -33,33 +39,33 @@ class Interleaved(Sequence):
 
 
 def _spread_order(n: int) -> np.ndarray:
-    """0 … n-1, every beginning spread evenly: by the fractional parts of multiples of the golden ratio."""
+    """Orders 0 … n - 1 by the fractional parts of multiples of the golden ratio: every prefix is spread evenly."""
     return np.argsort(np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15), kind="stable")
 
 
 class Batches:
-    """Batches of rows; row j of batch i is row i * batch + j, padding after the last one."""
+    """`count` batches of rows of length L. Row j of batch i is row i · batch + j, or padding after all rows."""
 
     def __init__(self, rows: Sequence, batch: int, length: int, count: int):
         self._rows, self.batch, self.length, self._count = rows, batch, length, count
 
     def __len__(self) -> int:
-        """The number of batches; sys.maxsize where the rows are repeated without end."""
+        """Returns the number of batches; sys.maxsize if the rows repeat without end."""
         return self._count
 
     def read(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Rows start … stop-1 of batch `step`; no other rows are read.
+        """Reads rows start … stop - 1 of batch `step`, and no others.
 
         Returns:
-          `inputs`, `targets`, `segments` (1, 2, … in a row; 0 is padding), `positions`: int32 [stop - start, L];
-          `bytes`: int32 [stop - start], of text in the row's targets.
+            `inputs`, `targets`, `segments` (1, 2, … in a row; 0 is padding), `positions`: int32 [stop - start, L];
+            `bytes`: int32 [stop - start], of text in the row's targets.
 
         Raises:
-          IndexError: no such batch or row.
+            IndexError: for an unknown batch or row.
         """
         if not (0 <= step < self._count and 0 <= start <= stop <= self.batch):
-            what = f"rows {start} to {stop} of batch {step}"
-            raise IndexError(f"{what}: there are {self._count} batches of {self.batch} rows")
+            rows = f"rows {start} to {stop} of batch {step}"
+            raise IndexError(f"{rows}: there are {self._count} batches of {self.batch} rows")
         tokens = np.zeros((stop - start, self.length + 1), np.int32)
         segments = np.zeros((stop - start, self.length), np.int32)
         sizes = np.zeros(stop - start, np.int32)
@@ -67,21 +73,28 @@ class Batches:
         for i in range(min(stop - start, max(0, len(self._rows) - first))):
             row = self._rows[first + i]
             tokens[i], segments[i], sizes[i] = row["tokens"], row["segments"], row["bytes"]
-        return unpack(tokens, segments) | {"bytes": sizes}
+        return unpack_rows(tokens, segments) | {"bytes": sizes}
 
 
 def device_batch(batches: Batches, step: int, batch: int, sharding: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
-    """Batch `step` as global arrays, [B, L] and `bytes` [B]; this process reads the rows that its devices hold.
+    """Makes batch `step` as global arrays; this process reads only the rows that its devices hold.
 
-    The sharding is that of the [B, L] arrays; only its first axis counts for `bytes`.
+    Args:
+        batches: to read from.
+        step: the number of the batch.
+        batch: B.
+        sharding: of the [B, L] arrays; its first axis is that of `bytes`.
+
+    Returns:
+        The arrays of `Batches.read`: `bytes` [B], the others [B, L].
     """
-    read = {}
+    cache = {}
 
     def rows(index: tuple[slice, ...]) -> dict[str, np.ndarray]:
         span = index[0].indices(batch)[:2]
-        if span not in read:
-            read[span] = batches.read(step, *span)
-        return read[span]
+        if span not in cache:
+            cache[span] = batches.read(step, *span)
+        return cache[span]
 
     by_row = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[:1]))
     arrays = {
@@ -94,14 +107,14 @@ def device_batch(batches: Batches, step: int, batch: int, sharding: jax.sharding
 
 
 class Prefetch(Generic[T], Iterator[T]):
-    """make(start) … make(stop - 1), computed in order by one thread, up to `depth` of them ahead of their use.
+    """Iterates over make(start) … make(stop - 1), which one thread computes in order, up to `depth` values ahead.
 
-    An exception of `make` is raised by the `next` that would have given its value, and ends the iteration. Closing, or
-    leaving the context, waits for the value that is being made and drops it.
+    `next` raises an exception of `make` in place of its value, which ends the iteration. Closing, or leaving the
+    context, waits for the value in progress and discards it.
     """
 
     def __init__(self, make: Callable[[int], T], start: int, stop: int, depth: int = 2):
-        self.wait_seconds = 0.0  # that the consumer has waited so far
+        self.wait_seconds = 0.0  # total time that `next` has waited
         self._make = make
         self._numbers = iter(range(start, stop))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
@@ -118,14 +131,14 @@ class Prefetch(Generic[T], Iterator[T]):
         if not self._ahead:
             self.close()
             raise StopIteration
-        begin = time.perf_counter()
+        start = time.perf_counter()
         try:
             value = self._ahead.popleft().result()
         except BaseException:
             self.close()
             raise
         finally:
-            self.wait_seconds += time.perf_counter() - begin
+            self.wait_seconds += time.perf_counter() - start
         self._submit()
         return value
 

@@ -1,4 +1,4 @@
-"""Which document goes where: a first pass over all text that removes duplicates and draws the splits."""
+"""Assigns documents to splits, in a first pass over all text that also removes duplicates."""
 
 import hashlib
 from array import array
@@ -11,11 +11,11 @@ from sparse_lm.data.documents import Document
 from sparse_lm.data.sources import Source
 from sparse_lm.errors import UserError
 
-# In the order in which a text that occurs several times is given away, so that training never has a copy.
+# A text that occurs several times goes to the first of these splits, so that training never has a copy.
 KINDS = ("heldout_domain", "test", "validation", "train")
 TRAIN = KINDS.index("train")
 SHARES = {"validation": 1, "test": 1, "train": 18}  # of 20, by the document's hash
-SAMPLE = 20_000_000  # bytes of training text that a tokenizer is trained on
+SAMPLE_BYTES = 20_000_000  # of training text for a tokenizer
 
 
 @dataclass
@@ -25,70 +25,76 @@ class Part:
     source: int
     kind: str
     domain: str
-    documents: int
+    documents: int  # how many
     digest: str  # of the documents' hashes
 
 
 @dataclass
 class Survey:
+    """The assignment of all documents to parts."""
+
     parts: list[Part]
     assigned: list[np.ndarray]  # for each source the part of each document, int32; -1: left out
     sample: list[str]  # training text for a tokenizer
 
 
-def survey(sources: list[Source], progress: bool) -> Survey:
-    """Reads every document once.
+def survey_sources(sources: list[Source], progress: bool) -> Survey:
+    """Reads every document once, and assigns it to a part.
+
+    Args:
+        sources: to read.
+        progress: whether to show a progress bar, on a terminal.
 
     Raises:
-      UserError: a source without text, or with too few documents to have a split of each kind.
+        UserError: for a source without text, or with too few documents for training, validation and test.
     """
     weights = sum(source.weight for source in sources)
-    read = [_Documents(int(SAMPLE * source.weight / weights)) for source in sources]
+    tables = [_DocumentTable(int(SAMPLE_BYTES * source.weight / weights)) for source in sources]
     with tqdm(desc="reading text", unit="B", unit_scale=True, leave=False, disable=None if progress else True) as bar:
-        for source, documents in zip(sources, read, strict=True):
+        for source, table in zip(sources, tables, strict=True):
             for document in source.reader.documents():
-                bar.update(documents.add(document))
+                bar.update(table.add(document))
 
-    hashes = [np.array(documents.hashes, np.uint64) for documents in read]
-    kinds = [np.array(documents.kinds, np.int32) for documents in read]
-    kept = _first_ones(hashes, kinds)
+    hashes = [np.array(table.hashes, np.uint64) for table in tables]
+    kinds = [np.array(table.kinds, np.int32) for table in tables]
+    kept = _mark_first_copies(hashes, kinds)
     parts, assigned = [], []
     for s, source in enumerate(sources):
-        _fill_splits(source, hashes[s], kinds[s], kept[s], read[s].drawn)
-        place = np.full(len(kinds[s]), -1, np.int32)
-        by_domain = np.where(kinds[s] == KINDS.index("validation"), read[s].domains, 0)
-        for kind, domain in sorted({*zip(kinds[s][kept[s]].tolist(), by_domain[kept[s]].tolist(), strict=True)}):
-            chosen = kept[s] & (kinds[s] == kind) & (by_domain == domain)
-            digest = hashlib.sha256(hashes[s][chosen].astype("<u8").tobytes()).hexdigest()
-            place[chosen] = len(parts)
-            parts.append(Part(s, KINDS[kind], read[s].domain_names[domain], int(chosen.sum()), digest))
-        assigned.append(place)
+        _fill_empty_splits(source, hashes[s], kinds[s], kept[s], tables[s].uses_hash)
+        part_of_document = np.full(len(kinds[s]), -1, np.int32)
+        domains = np.where(kinds[s] == KINDS.index("validation"), tables[s].domains, 0)
+        for kind, domain in sorted({*zip(kinds[s][kept[s]].tolist(), domains[kept[s]].tolist(), strict=True)}):
+            members = kept[s] & (kinds[s] == kind) & (domains == domain)
+            digest = hashlib.sha256(hashes[s][members].astype("<u8").tobytes()).hexdigest()
+            part_of_document[members] = len(parts)
+            parts.append(Part(s, KINDS[kind], tables[s].domain_names[domain], int(members.sum()), digest))
+        assigned.append(part_of_document)
     sample = [
         text
-        for documents, kind, keep in zip(read, kinds, kept, strict=True)
-        for _, index, text in documents.sample()
+        for table, kind, keep in zip(tables, kinds, kept, strict=True)
+        for _, index, text in table.sample()
         if keep[index] and kind[index] == TRAIN
     ]
     return Survey(parts, assigned, sample)
 
 
-class _Documents:
-    """What is kept of a source's documents: hashes, kinds, domains, and a sample of about `budget` bytes of text."""
+class _DocumentTable:
+    """Hash, kind and domain of each document of a source, and a sample of about `budget` bytes of training text."""
 
     def __init__(self, budget: int):
         self.hashes, self.kinds, self.domains = array("Q"), array("b"), array("i")
         self.domain_names = [""]
-        self.drawn = False  # whether any document's split was left to its hash
+        self.uses_hash = False  # whether a document's hash has decided its split
         self._budget, self._sample, self._size, self._limit = budget, [], 0, 1 << 64
 
     def add(self, document: Document) -> int:
-        """Takes one document; returns its size in bytes."""
+        """Adds a document and returns its size in bytes."""
         data = document.text.encode()
         value = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
         if document.domain not in self.domain_names:
             self.domain_names.append(document.domain)
-        self.drawn |= not document.kind
-        kind = KINDS.index(document.kind or _drawn(value)) if document.text.strip() else -1
+        self.uses_hash |= not document.kind
+        kind = KINDS.index(document.kind or _draw_split(value)) if document.text.strip() else -1
         self.hashes.append(value)
         self.kinds.append(kind)
         self.domains.append(self.domain_names.index(document.domain))
@@ -101,40 +107,42 @@ class _Documents:
         return len(data)
 
     def sample(self) -> list[tuple[int, int, str]]:
-        """The (hash, index, text) of least hash, in order: a fair sample that does not depend on the order of files."""
+        """Returns the sampled (hash, index, text): those of smallest hash, in order, whatever the order of files."""
         self._sample.sort()
         ends = np.cumsum([len(text) for _, _, text in self._sample])
-        chosen = self._sample[: int(np.searchsorted(ends, self._budget)) + 1]
-        if len(chosen) < len(self._sample):
-            self._limit = chosen[-1][0]
-        return chosen
+        sample = self._sample[: int(np.searchsorted(ends, self._budget)) + 1]
+        if len(sample) < len(self._sample):
+            self._limit = sample[-1][0]
+        return sample
 
 
-def _drawn(value: int) -> str:
-    place = value % sum(SHARES.values())
+def _draw_split(value: int) -> str:
+    remainder = value % sum(SHARES.values())
     for kind, share in SHARES.items():
-        if place < share:
+        if remainder < share:
             return kind
-        place -= share
+        remainder -= share
 
 
-def _first_ones(hashes: list[np.ndarray], kinds: list[np.ndarray]) -> list[np.ndarray]:
-    """For each source a mask of the documents that are neither empty nor a copy of one given away before."""
-    every, kind = np.concatenate(hashes), np.concatenate(kinds)
+def _mark_first_copies(hashes: list[np.ndarray], kinds: list[np.ndarray]) -> list[np.ndarray]:
+    """Masks the documents of each source that are neither empty nor a copy of one that was assigned before."""
+    all_hashes, kind = np.concatenate(hashes), np.concatenate(kinds)
     order = np.argsort(kind, kind="stable")
     order = order[kind[order] >= 0]
-    _, first = np.unique(every[order], return_index=True)
-    mask = np.zeros(len(every), bool)
+    _, first = np.unique(all_hashes[order], return_index=True)
+    mask = np.zeros(len(all_hashes), bool)
     mask[order[first]] = True
     return np.split(mask, np.cumsum([len(h) for h in hashes])[:-1])
 
 
-def _fill_splits(source: Source, hashes: np.ndarray, kinds: np.ndarray, kept: np.ndarray, drawn: bool) -> None:
-    """Gives a source too small for chance one validation and one test document: its training texts of least hash."""
+def _fill_empty_splits(
+    source: Source, hashes: np.ndarray, kinds: np.ndarray, kept: np.ndarray, uses_hash: bool
+) -> None:
+    """Moves the training texts of smallest hash of a small source to validation and test, where these are empty."""
     if not kept.any():
         raise UserError(f"data source {source.name}: the corpus is empty, no document has text of its own")
-    wanted = [KINDS.index(kind) for kind in (("validation", "test") if drawn else ("validation",))]
-    missing = [kind for kind in wanted if not (kept & (kinds == kind)).any()]
+    needed = [KINDS.index(kind) for kind in (("validation", "test") if uses_hash else ("validation",))]
+    missing = [kind for kind in needed if not (kept & (kinds == kind)).any()]
     training = np.flatnonzero(kept & (kinds == TRAIN))
     if len(training) <= len(missing):
         count = f"{kept.sum()} document{'s' if kept.sum() > 1 else ''}"

@@ -1,4 +1,4 @@
-"""Documents to stored rows: tokenized, packed and written as ArrayRecord in the form of a TFDS data set."""
+"""Tokenizes and packs documents, and stores the rows as ArrayRecord in a TFDS data set."""
 
 import contextlib
 import dataclasses
@@ -17,24 +17,37 @@ from sparse_lm.data.sources import Source
 from sparse_lm.data.split import Survey
 from sparse_lm.data.tokenizer import Tokenizer
 
-VERSION = 1  # of the stored rows; a new one leaves what older versions prepared alone
+VERSION = 1  # of the stored rows; another version makes files of its own
 ROWS_PER_SHARD = 1 << 20
-CHUNK = 1 << 20  # characters of text encoded at once
+CHUNK_CHARACTERS = 1 << 20  # of text that is tokenized at once
 
 
-def stored_name(part: int, kind: str) -> str:
+def name_split(part: int, kind: str) -> str:
+    """Names the TFDS split of a part."""
     return f"{kind}_{part}"
 
 
-def write(
-    folder: epath.Path, sources: list[Source], found: Survey, tokenizer: Tokenizer, length: int, progress: bool
+def write_rows(
+    folder: epath.Path, sources: list[Source], survey: Survey, tokenizer: Tokenizer, length: int, progress: bool
 ) -> None:
-    """Tokenizes, packs and stores every part; the folder is then a TFDS data set with a corpus.json beside."""
+    """Tokenizes, packs and stores every part: makes a folder with a TFDS data set and a corpus.json.
+
+    Args:
+        folder: must not exist yet.
+        sources: to read.
+        survey: the parts that their documents belong to.
+        tokenizer: to encode with.
+        length: L, tokens per row.
+        progress: whether to show a progress bar, on a terminal.
+
+    Raises:
+        OSError: where a row can't be written.
+    """
     folder.mkdir()
-    names = [stored_name(i, part.kind) for i, part in enumerate(found.parts)]
-    packers = [Packer(length, tokenizer.end_of_text, tokenizer.byte_lengths) for _ in found.parts]
-    counts = [dict.fromkeys(("bytes", "tokens", "rows"), 0) for _ in found.parts]
-    writer = _writer(folder, length)
+    names = [name_split(i, part.kind) for i, part in enumerate(survey.parts)]
+    packers = [Packer(length, tokenizer.end_of_text, tokenizer.byte_lengths) for _ in survey.parts]
+    counts = [dict.fromkeys(("bytes", "tokens", "rows"), 0) for _ in survey.parts]
+    writer = _create_writer(folder, length)
     writer.initialize_splits(names)
 
     def store(part: int, rows: list) -> None:
@@ -42,15 +55,15 @@ def write(
             counts[part]["rows"] += len(rows)
             writer.add_examples({names[part]: rows})
 
-    total = sum(part.documents for part in found.parts)
+    total = sum(part.documents for part in survey.parts)
     bar = tqdm(desc="tokenizing", total=total, unit="document", leave=False, disable=None if progress else True)
-    with bar, _written_errors():
-        for source, assigned in zip(sources, found.assigned, strict=True):
-            for texts, parts in _chunks(source, assigned):
+    with bar, _restore_os_errors():
+        for source, part_of_document in zip(sources, survey.part_of_document, strict=True):
+            for texts, parts in _read_chunks(source, part_of_document):
                 encoded = tokenizer.encode_batch(texts)
                 for part in sorted(set(parts)):
-                    mine = [i for i, p in enumerate(parts) if p == part]
-                    documents, sizes = [encoded[i] for i in mine], [len(texts[i].encode()) for i in mine]
+                    members = [i for i, p in enumerate(parts) if p == part]
+                    documents, sizes = [encoded[i] for i in members], [len(texts[i].encode()) for i in members]
                     counts[part]["bytes"] += sum(sizes)
                     counts[part]["tokens"] += sum(map(len, documents)) + len(documents)
                     store(part, packers[part].add(documents, sizes))
@@ -58,26 +71,26 @@ def write(
         for part, packer in enumerate(packers):
             store(part, packer.finish())
         writer.close_all()
-    parts = [dataclasses.asdict(part) | count for part, count in zip(found.parts, counts, strict=True)]
+    parts = [dataclasses.asdict(part) | count for part, count in zip(survey.parts, counts, strict=True)]
     (folder / "corpus.json").write_text(json.dumps({"length": length, "parts": parts}, indent=1))
 
 
-def _chunks(source: Source, assigned: np.ndarray) -> Iterator[tuple[list[str], list[int]]]:
-    """The source's documents that belong to a part, some at a time, and their parts."""
+def _read_chunks(source: Source, part_of_document: np.ndarray) -> Iterator[tuple[list[str], list[int]]]:
+    """Yields chunks of the source's documents that belong to a part: their texts and parts."""
     texts, parts, size = [], [], 0
-    for document, part in zip(source.reader.documents(), assigned.tolist(), strict=False):
+    for document, part in zip(source.reader.documents(), part_of_document.tolist(), strict=False):
         if part >= 0:
             texts.append(document.text)
             parts.append(part)
             size += len(document.text)
-        if size >= CHUNK:
+        if size >= CHUNK_CHARACTERS:
             yield texts, parts
             texts, parts, size = [], [], 0
     if texts:
         yield texts, parts
 
 
-def _writer(folder: epath.Path, length: int) -> tfds.core.SequentialWriter:
+def _create_writer(folder: epath.Path, length: int) -> tfds.core.SequentialWriter:
     identity = tfds.core.dataset_info.DatasetIdentity(
         name="packed_rows", version=tfds.core.Version(f"{VERSION}.0.0"), data_dir=str(folder), module_name=__name__
     )
@@ -91,8 +104,8 @@ def _writer(folder: epath.Path, length: int) -> tfds.core.SequentialWriter:
 
 
 @contextlib.contextmanager
-def _written_errors() -> Iterator[None]:
-    """ArrayRecord's writer reports a full disk as a RuntimeError; here it is the OSError that it was."""
+def _restore_os_errors() -> Iterator[None]:
+    """Turns the RuntimeError of ArrayRecord's writer, such as that for a full disk, back into an OSError."""
     try:
         yield
     except RuntimeError as e:

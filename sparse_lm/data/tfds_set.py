@@ -11,9 +11,9 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from sparse_lm.data.documents import Document
-from sparse_lm.errors import UserError, nearest
+from sparse_lm.errors import UserError, suggest
 
-# What the commands below need besides TensorFlow is what TFDS's own command line imports.
+# The packages that the command line of TFDS imports.
 ENVIRONMENT = (
     "python -m venv tfds-env && tfds-env/bin/pip install tensorflow tensorflow-datasets apache-beam mlcroissant "
     "importlib_resources && tfds-env/bin/tfds"
@@ -23,20 +23,20 @@ KINDS = ("train", "validation", "test")
 
 @dataclass
 class TfdsSet:
-    """Its train, validation and test splits; what is missing of the last two is taken from train by hash."""
+    """The train, validation and test splits of a data set. A missing validation or test split is drawn from train."""
 
-    path: str  # the data set's name: lm1b, c4/en, c4/en:3.1.0
-    field: str = "text"  # feature that holds the text
+    path: str  # name of the data set: lm1b, c4/en, c4/en:3.1.0
+    field: str = "text"  # the feature that holds the text
     data_dir: str = ""  # "": $TFDS_DATA_DIR, or ~/tensorflow_datasets
 
     def __post_init__(self):
         self.name = re.sub(r"\W+", "_", self.path, flags=re.ASCII).strip("_") or "tfds"
 
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         folder = epath.Path(self._builder.data_path)
-        files = [(path.name, path.stat().length) for split in self._splits for path in self._files(split)]
-        facts = [self.field, self._builder.info.full_name, files, (folder / "dataset_info.json").read_text()]
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
+        files = [(path.name, path.stat().length) for split in self._splits for path in self._list_files(split)]
+        parts = [self.field, self._builder.info.full_name, files, (folder / "dataset_info.json").read_text()]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def documents(self) -> Iterator[Document]:
         for split in self._splits:
@@ -53,7 +53,7 @@ class TfdsSet:
     def _splits(self) -> list[str]:
         return [split for split in KINDS if split in self._builder.info.splits]
 
-    def _files(self, split: str) -> list[epath.Path]:
+    def _list_files(self, split: str) -> list[epath.Path]:
         return [epath.Path(path) for path in self._builder.info.splits[split].filepaths]
 
     @cached_property
@@ -62,8 +62,8 @@ class TfdsSet:
         try:
             builder = tfds.core.read_only_builder.builder_from_files(self.path, data_dir=data_dir)
         except tfds.core.registered.DatasetNotFoundError:
-            raise UserError(self._not_prepared(data_dir)) from None
-        # A set converted in place has both kinds of files, and its description still names the old kind.
+            raise UserError(self._explain_missing(data_dir)) from None
+        # A data set converted in place has files of both formats, and its description still names the old one.
         builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
         if "train" not in builder.info.splits:
             raise UserError(f"tfds:{self.path} has no split 'train'; it has: {', '.join(sorted(builder.info.splits))}")
@@ -76,20 +76,20 @@ class TfdsSet:
             )
         texts = [name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]
         if self.field not in texts:
-            near = nearest(self.field, texts) if texts else "; it has no texts"
-            raise UserError(f"tfds:{self.path}: no text feature {self.field!r}{near} (set it with ?field=NAME)")
+            hint = suggest(self.field, texts) if texts else "; it has no texts"
+            raise UserError(f"tfds:{self.path}: no text feature {self.field!r}{hint} (set it with ?field=NAME)")
         return builder
 
-    def _not_prepared(self, data_dir: str) -> str:
-        # Without TensorFlow, TFDS lists some of its builders only once their modules are imported.
+    def _explain_missing(self, data_dir: str) -> str:
+        # Without TensorFlow, TFDS lists some builders only after their modules are imported.
         import tensorflow_datasets.text  # noqa: F401
 
         known = tfds.list_builders(with_community_datasets=False)
         name = re.split("[/:]", self.path)[0]
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            near = f"; did you mean {close[0]!r}?" if close else ""
-            return f"tfds:{self.path} is neither prepared in {data_dir} nor known to TFDS{near}"
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            return f"tfds:{self.path} is neither prepared in {data_dir} nor known to TFDS{hint}"
         return (
             f"tfds:{self.path} is not prepared in {data_dir}; prepare it in an environment of its own: "
             f"{ENVIRONMENT} build {self.path} --data_dir={data_dir} --file_format=array_record"

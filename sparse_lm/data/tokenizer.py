@@ -1,4 +1,4 @@
-"""Text to tokens and back: byte-level BPE trained on the corpus, or a tokenizer of the user's."""
+"""Tokenizers: byte-level BPE trained on the corpus, or one loaded from a file."""
 
 import hashlib
 import json
@@ -11,27 +11,35 @@ from etils import epath
 
 from sparse_lm.errors import UserError
 
-# Unset, the library prints a warning whenever a process that has used its threads forks.
+# If it is unset, the library warns whenever a process that has used its threads forks.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from tokenizers import Tokenizer as HuggingFaceTokenizer  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
-# Names that published tokenizers give to the token between documents; the first one found is taken.
+# Names of the token between documents in published tokenizers; the first one found is used.
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Encodes text, the end-of-text token's own name included, as ordinary text: only packing places that token."""
+    """Encodes and decodes text. Names of special tokens in a text are ordinary text: only packing adds end_of_text.
+
+    Attributes:
+        encode_batch: texts to token ids.
+        pieces: the bytes of each token; b"" for special ones.
+        end_of_text: the id of the token between documents.
+        file: tokenizer.json, or a SentencePiece model.
+        leading_space: whether encoding adds a space before a text, which decoding removes.
+    """
 
     encode_batch: Callable[[list[str]], list[list[int]]]
-    pieces: list[bytes]  # text of each token; b"" for special ones
+    pieces: list[bytes]
     end_of_text: int
-    file: bytes  # tokenizer.json, or a SentencePiece model
-    leading_space: bool = False  # whether encoding puts a space before a text, which decoding takes away
+    file: bytes
+    leading_space: bool = False
 
     def __post_init__(self):
         lengths = np.array([len(piece) for piece in self.pieces], np.int32)
@@ -46,20 +54,20 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the tokens; a token may hold a part of a character, so that a stream joins bytes, not texts."""
+        """Concatenates the bytes of tokens, each of which may be a part of a character."""
         return b"".join(self.pieces[i] for i in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the tokens, with U+FFFD for bytes that are no UTF-8."""
+        """Decodes tokens to text, with U+FFFD for bytes that are not UTF-8."""
         text = self.decode_bytes(ids).decode("utf-8", "replace")
         return text.removeprefix(" ") if self.leading_space else text
 
 
 def train(texts: Iterable[str], vocabulary: int) -> bytes:
-    """A tokenizer.json with a byte-level BPE of at most `vocabulary` tokens; the same texts give the same bytes.
+    """Trains a byte-level BPE of at most `vocabulary` tokens, deterministically; returns its tokenizer.json.
 
     Raises:
-      UserError: a vocabulary too small for the 256 bytes and the end of text.
+        UserError: for a vocabulary too small for the 256 bytes and the end of text.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocabulary <= len(alphabet):
@@ -75,24 +83,32 @@ def train(texts: Iterable[str], vocabulary: int) -> bytes:
 
 
 def load(path: str) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, or in a SentencePiece .model.
+    """Loads a tokenizer.json or a SentencePiece .model.
 
     Raises:
-      UserError: no such file, a file of another kind, a tokenizer without a token for the end of a text, or a
-        SentencePiece model without the package that reads it.
+        UserError: for a missing or invalid file, a tokenizer without an end-of-text token, or a SentencePiece model
+            where the package that reads it is missing.
     """
-    where = epath.Path(path).expanduser()
+    expanded = epath.Path(path).expanduser()
     try:
-        file = where.read_bytes()
+        file = expanded.read_bytes()
     except OSError as e:
         raise UserError(f"data.tokenizer {path!r} can't be read: {e.strerror or e}") from None
-    if where.suffix == ".model":
-        return _sentence_piece(file, path)
+    if expanded.suffix == ".model":
+        return _from_sentence_piece(file, path)
     return from_json(file, path)
 
 
 def from_json(file: bytes, path: str = "tokenizer.json") -> Tokenizer:
-    """The tokenizer in the bytes of a tokenizer.json: byte-level, or with SentencePiece's spaces and byte tokens."""
+    """Reads a tokenizer.json that is byte-level, or has SentencePiece's spaces and byte tokens.
+
+    Args:
+        file: its bytes.
+        path: for messages.
+
+    Raises:
+        UserError: for an invalid file, or a tokenizer that can't be used.
+    """
     try:
         tokenizer = HuggingFaceTokenizer.from_buffer(file)
     except Exception as e:  # the library raises Exception itself
@@ -112,23 +128,23 @@ def from_json(file: bytes, path: str = "tokenizer.json") -> Tokenizer:
         raise UserError(
             f"data.tokenizer {path!r} is neither byte-level nor of SentencePiece's kind, the two that can be used"
         )
-    of_bytes = {char: byte for byte, char in _byte_characters().items()}
+    byte_of = {char: byte for byte, char in _map_byte_characters().items()}
     pieces = [b""] * (max(names.values()) + 1)
     for name, i in names.items():
         if i in added:
             pieces[i] = b"" if added[i].special else name.encode()
         elif byte_level:
-            pieces[i] = bytes(of_bytes[char] for char in name)
+            pieces[i] = bytes(byte_of[char] for char in name)
         else:
             pieces[i] = _piece_bytes(name)
 
     def encode_batch(texts: list[str]) -> list[list[int]]:
         return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    return Tokenizer(encode_batch, pieces, names[end], file, _puts_space(encode_batch, pieces))
+    return Tokenizer(encode_batch, pieces, names[end], file, _adds_leading_space(encode_batch, pieces))
 
 
-def _sentence_piece(file: bytes, path: str) -> Tokenizer:
+def _from_sentence_piece(file: bytes, path: str) -> Tokenizer:
     try:
         import sentencepiece
     except ImportError:
@@ -143,7 +159,7 @@ def _sentence_piece(file: bytes, path: str) -> Tokenizer:
         b"" if model.is_control(i) or model.is_unknown(i) else _piece_bytes(model.id_to_piece(i))
         for i in range(model.get_piece_size())
     ]
-    return Tokenizer(model.encode, pieces, model.eos_id(), file, _puts_space(model.encode, pieces))
+    return Tokenizer(model.encode, pieces, model.eos_id(), file, _adds_leading_space(model.encode, pieces))
 
 
 def _piece_bytes(name: str) -> bytes:
@@ -152,12 +168,12 @@ def _piece_bytes(name: str) -> bytes:
     return name.replace(SPACE, " ").encode()
 
 
-def _puts_space(encode_batch: Callable[[list[str]], list[list[int]]], pieces: list[bytes]) -> bool:
+def _adds_leading_space(encode_batch: Callable[[list[str]], list[list[int]]], pieces: list[bytes]) -> bool:
     return b"".join(pieces[i] for i in encode_batch(["a"])[0]).startswith(b" ")
 
 
-def _byte_characters() -> dict[int, str]:
-    """The printable character that byte-level BPE writes for each byte (Radford et al. 2019, the released encoder)."""
+def _map_byte_characters() -> dict[int, str]:
+    """Maps each byte to the printable character that stands for it in byte-level BPE (Radford et al. 2019, encoder)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = (byte for byte in range(256) if byte not in printable)
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}

@@ -15,8 +15,8 @@ from sparse_lm.experts.exchange import buffer_rows, exchange, plan_exchange
 from sparse_lm.experts.executor import Executor, Experts, count_dropped
 from sparse_lm.experts.expert import apply_expert
 from sparse_lm.experts.rows import invert_index, take_rows
-from sparse_lm.kernels import alignment, grouped_matmul
-from sparse_lm.mesh import RULES, platform, spec
+from sparse_lm.kernels import choose_alignment, grouped_matmul
+from sparse_lm.mesh import RULES, partition_spec, platform
 from sparse_lm.routing import TokenChoice, place, rank
 
 
@@ -44,8 +44,8 @@ def run_grouped(
         # The hidden units are divided over the tensor axis; each device has added up its own.
         return jax.lax.psum(y, "tensor"), jax.lax.psum(overflowed, RULES["groups"])
 
-    groups = spec("groups", None, None)
-    weights = {name: spec(*axes) for name, axes in experts.axes.items()}
+    groups = partition_spec("groups", None, None)
+    weights = {name: partition_spec(*axes) for name, axes in experts.axes.items()}
     y, overflowed = jax.shard_map(
         run_shard,
         in_specs=(groups, groups, groups, weights, PartitionSpec()),
@@ -69,7 +69,7 @@ def _run_on_device(x, expert, weight, experts: Experts, devices: int):
         y [g, S, D], and how many choices of these tokens overflowed the buffers of other devices.
     """
     top_k = expert.shape[2]
-    aligned = alignment(platform(), expert.size, experts.num_experts)
+    aligned = choose_alignment(platform(), expert.size, experts.num_experts)
     with jax.named_scope("dispatch"):
         # With an exchange it is the received rows, sorted again, that are multiplied and need the alignment.
         order = sort_by_expert(expert.reshape(-1), experts.num_experts * devices, 1 if devices > 1 else aligned)
@@ -114,7 +114,7 @@ def sort_by_expert(expert: Int[Array, "N"], num_experts: int, aligned: int) -> S
     Args:
         expert: of each row; -1 for none.
         num_experts: E.
-        aligned: each expert's places begin at a multiple of this; see `kernels.alignment`.
+        aligned: each expert's places begin at a multiple of this; see `kernels.choose_alignment`.
 
     Returns:
         The places of the rows; how many places there are follows from N, E and the alignment alone.

@@ -1,5 +1,5 @@
-"""Products and their gradients: those that one dense product does not do, and those that a CPU does slowly."""
+"""Grouped and block-sparse matrix products, and attention and dense products whose gradients are fast on a CPU."""
 
-from sparse_lm.kernels.grouped import alignment as alignment
+from sparse_lm.kernels.grouped import choose_alignment as choose_alignment
 from sparse_lm.kernels.grouped import grouped_matmul as grouped_matmul
 from sparse_lm.kernels.grouped import grouped_outer as grouped_outer

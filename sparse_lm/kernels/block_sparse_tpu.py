@@ -1,7 +1,7 @@
 """Pallas TPU kernels for block-sparse matrix multiplication: their grids visit exactly the blocks that exist.
 
-The places of the blocks are prefetched into scalar memory, where they steer which part of an operand a step reads and
-writes. Blocks that add up to one part of the result come one after another, so that it stays in VMEM until it is whole.
+The positions of the blocks are prefetched into scalar memory and select the parts of the operands that a step reads and
+writes. Blocks that add to the same part of the result follow each other, so that it stays in VMEM until it is complete.
 """
 
 import functools
@@ -16,18 +16,18 @@ from jaxtyping import Array, Float
 from sparse_lm.errors import UserError, nearest_divisor
 from sparse_lm.layouts import Layout
 
-LANES = 128  # the width of a vector register: what lies side by side is cut at its multiples
-TILE_BYTES = 2**21  # of the operand that stays in VMEM while a tile of tokens meets all blocks
+LANES = 128  # the width of a vector register, whose multiples a last axis is cut at
+TILE_BYTES = 2**21  # of the operand that stays in VMEM while a tile of tokens is multiplied by all blocks
 TILE_TOKENS = 1024  # at most
 
 
-def check_tpu_block(block: int, widths: tuple[int, int], what: str) -> None:
-    """Raises `UserError` for a size of blocks of a matrix, set at the field `what`, that a TPU can't tile."""
+def check_tpu_block(block: int, widths: tuple[int, int], field: str) -> None:
+    """Raises `UserError` for a block size, set at a config's `field`, that a TPU can't tile."""
     if block % LANES:
-        that = "a multiple of {} that divides {} and {}".format(LANES, *widths)
+        needed = "a multiple of {} that divides {} and {}".format(LANES, *widths)
         fit = nearest_divisor(block, *widths, multiple=LANES)
-        found = f"the nearest is {fit}" if fit else "there is none"
-        raise UserError(f"{what} is {block}; a TPU needs {that}; {found}")
+        suggestion = f"the nearest is {fit}" if fit else "there is none"
+        raise UserError(f"{field} is {block}; a TPU needs {needed}; {suggestion}")
 
 
 def gradients(
@@ -37,9 +37,9 @@ def gradients(
     layout: Layout,
     interpret: bool = False,
 ) -> tuple[Float[Array, "N D"], Float[Array, "n b b"]]:
-    """The gradients of `matmul` by x and by the blocks, from that by its result."""
+    """Computes the gradients of `matmul` by x and by the blocks. interpret: run the kernels without a TPU."""
     dx = matmul(gradient, blocks, layout, transposed=True, interpret=interpret)
-    return dx, blocks_gradient(x, gradient, layout, interpret=interpret)
+    return dx, block_gradients(x, gradient, layout, interpret=interpret)
 
 
 def matmul(
@@ -49,19 +49,19 @@ def matmul(
     transposed: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "N F"]:
-    """x W, or x Wᵀ: for each tile of tokens, for each block, column after column of the result."""
+    """Computes x W, or x Wᵀ if transposed. The grid is tiles of tokens × blocks, sorted by column of the result."""
     b, (parts_in, parts_out) = layout.block, layout.shape
     source, target = np.array(layout.rows), np.array(layout.columns)
     if transposed:
         source, target, parts_in, parts_out = target, source, parts_out, parts_in
     number = np.lexsort((source, target))
     source, target = source[number], target[number]
-    tokens, tile = len(x), _tile(len(x), x.shape[1], x.dtype)
+    tokens, tile = len(x), _choose_tile(len(x), x.shape[1], x.dtype)
     y = pl.pallas_call(
         functools.partial(_matmul_kernel, b=b, transposed=transposed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(pl.cdiv(tokens, tile), layout.count),
+            grid=(pl.cdiv(tokens, tile), layout.num_blocks),
             in_specs=[
                 pl.BlockSpec((tile, parts_in * b), lambda i, p, source, target, number: (i, 0)),
                 pl.BlockSpec((1, b, b), lambda i, p, source, target, number: (number[p], 0, 0)),
@@ -95,17 +95,17 @@ def _matmul_kernel(source, target, number, x, block, y, total, *, b: int, transp
         y[...] = total[...].astype(y.dtype)
 
 
-def blocks_gradient(
+def block_gradients(
     x: Float[Array, "N D"], gradient: Float[Array, "N F"], layout: Layout, interpret: bool = False
 ) -> Float[Array, "n b b"]:
-    """For each block, over the tiles of tokens: its slab of x, transposed, times its slab of the gradient."""
-    b, tokens, tile = layout.block, len(x), _tile(len(x), 2 * layout.block, x.dtype)
+    """Computes the gradient by each block: its slab of x, transposed, times its slab of the gradient."""
+    b, tokens, tile = layout.block, len(x), _choose_tile(len(x), 2 * layout.block, x.dtype)
     rows, columns = np.array(layout.rows, np.int32), np.array(layout.columns, np.int32)
     return pl.pallas_call(
         functools.partial(_gradient_kernel, tokens=tokens),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(layout.count, pl.cdiv(tokens, tile)),
+            grid=(layout.num_blocks, pl.cdiv(tokens, tile)),
             in_specs=[
                 pl.BlockSpec((tile, b), lambda p, i, rows, columns: (i, rows[p])),
                 pl.BlockSpec((tile, b), lambda p, i, rows, columns: (i, columns[p])),
@@ -113,7 +113,7 @@ def blocks_gradient(
             out_specs=pl.BlockSpec((1, b, b), lambda p, i, rows, columns: (p, 0, 0)),
             scratch_shapes=[pltpu.VMEM((b, b), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((layout.count, b, b), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((layout.num_blocks, b, b), x.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="block_sparse_gradient",
@@ -128,9 +128,9 @@ def _gradient_kernel(rows, columns, x, gradient, result, total, *, tokens: int):
         total[...] = jnp.zeros_like(total)
 
     left, right = x[...], gradient[...]
-    if tokens % len(left):  # past the last token stands anything, even NaN
-        inside = i * len(left) + jax.lax.broadcasted_iota(jnp.int32, left.shape, 0) < tokens
-        left, right = jnp.where(inside, left, 0), jnp.where(inside, right, 0)
+    if tokens % len(left):  # rows past the last token are undefined, maybe NaN
+        valid = i * len(left) + jax.lax.broadcasted_iota(jnp.int32, left.shape, 0) < tokens
+        left, right = jnp.where(valid, left, 0), jnp.where(valid, right, 0)
     contract = (((0,), (0,)), ((), ()))
     total[...] += jax.lax.dot_general(left, right, contract, preferred_element_type=jnp.float32)
 
@@ -140,14 +140,14 @@ def _gradient_kernel(rows, columns, x, gradient, result, total, *, tokens: int):
 
 
 def _first_and_last(group, p):
-    """Whether step p is the first, and the last, of the steps that share its group."""
+    """Whether step p is the first, and the last, step of its group."""
     end = pl.num_programs(1) - 1
     first = (p == 0) | (group[jnp.maximum(p - 1, 0)] != group[p])
     last = (p == end) | (group[jnp.minimum(p + 1, end)] != group[p])
     return first, last
 
 
-def _tile(tokens: int, width: int, dtype: jnp.dtype) -> int:
-    """Tokens of one tile: what TILE_BYTES of that width hold, in whole registers, or all."""
+def _choose_tile(tokens: int, width: int, dtype: jnp.dtype) -> int:
+    """Chooses the tokens of a tile: as many as TILE_BYTES hold, in whole registers, or all."""
     fit = TILE_BYTES // (width * jnp.dtype(dtype).itemsize) // 16 * 16
     return min(tokens, TILE_TOKENS, max(16, fit))

@@ -1,9 +1,9 @@
 """Grouped matrix multiplication: rows sorted by expert, each times its expert's matrix, and its gradients.
 
-After Gale et al. 2022, "MegaBlocks", arXiv 2211.15841: nothing is dropped and no expert is padded to the fullest one.
-Which way is taken is decided when a program is lowered for a platform: the Pallas kernels in grouped_tpu.py, the loops
-in grouped_cpu.py, or XLA's own ragged product on a GPU. On several devices call it inside `jax.shard_map` with
-check_vma=False: the TPU compiler does not divide Pallas kernels by itself.
+After Gale et al. 2022, "MegaBlocks", arXiv 2211.15841: nothing is dropped, and experts are not padded to the fullest.
+Lowering for a platform selects the implementation: Pallas kernels (grouped_tpu.py), loops (grouped_cpu.py), or XLA's
+ragged product on a GPU. On several devices call it inside `jax.shard_map` with check_vma=False: the TPU compiler does
+not partition Pallas kernels.
 """
 
 import functools
@@ -18,12 +18,19 @@ from sparse_lm.kernels import grouped_cpu, grouped_tpu
 def grouped_matmul(
     x: Float[Array, "N D"], weights: Float[Array, "E D F"], sizes: Int[Array, " E"], *, aligned: int = 1
 ) -> Float[Array, "N F"]:
-    """The first sizes[0] rows of x times weights[0], the next sizes[1] times weights[1], and so on, in x's dtype.
+    """Multiplies the first sizes[0] rows of x by weights[0], the next sizes[1] by weights[1], and so on.
 
-    Rows after the last expert's give 0 and get no gradient, whatever they hold. Products accumulate in float32.
+    Args:
+        x: rows sorted by expert.
+        weights: the matrix of each expert.
+        sizes: the rows of each expert. Rows after the last expert's give 0 and get no gradient, whatever they hold.
+        aligned: divides N and, as the caller promises, every size; see `choose_alignment`.
 
-    aligned: a promise that N and every size are multiples of it; see `alignment`.
-    Raises `ValueError` when N is not.
+    Returns:
+        The products, accumulated in float32, in the dtype of x.
+
+    Raises:
+        ValueError: if `aligned` does not divide N.
     """
     if len(x) % aligned:
         raise ValueError(f"{len(x)} rows are not a multiple of aligned={aligned}")
@@ -31,15 +38,13 @@ def grouped_matmul(
 
 
 def grouped_outer(
-    x: Float[Array, "N D"], g: Float[Array, "N F"], sizes: Int[Array, " E"], *, aligned: int = 1
+    x: Float[Array, "N D"], gradient: Float[Array, "N F"], sizes: Int[Array, " E"], *, aligned: int = 1
 ) -> Float[Array, "E D F"]:
-    """For each expert the product of its rows, x_eᵀ g_e, in x's dtype, and 0 for an expert without rows.
-
-    It is the gradient of `grouped_matmul` by the weights. It has no gradient of its own.
-    """
+    """Computes the gradient of `grouped_matmul` by the weights: x_eᵀ gradient_e for the rows of each expert e, in the
+    dtype of x; 0 for an expert without rows. Not differentiable."""
     return jax.lax.platform_dependent(
         x,
-        g,
+        gradient,
         sizes,
         cpu=functools.partial(grouped_cpu.outer, aligned=aligned),
         tpu=grouped_tpu.outer,
@@ -47,29 +52,30 @@ def grouped_outer(
     )
 
 
-def alignment(platform: str, rows: int, experts: int) -> int:
-    """The multiple to which each expert's rows are best padded with zeros on a platform ("cpu", "tpu", "gpu").
+def choose_alignment(platform: str, rows: int, experts: int) -> int:
+    """Chooses the multiple to which each expert's rows are padded with zeros for speed.
 
-    On a CPU an eighth of an even share or less, but at least 8; padding then adds some 5 % where experts have 64 rows
-    or more, and never more than experts · (alignment - 1) rows. Elsewhere 1: nothing is gained by padding.
+    On a CPU that is at most an eighth of an even share, but at least 8. Padding then adds some 5 % where experts have
+    64 rows or more. Elsewhere padding gains nothing.
+
+    Args:
+        platform: cpu, tpu or gpu.
+        rows: N, before padding.
+        experts: E.
     """
-    return grouped_cpu.alignment(rows, experts) if platform == "cpu" else 1
+    return grouped_cpu.choose_alignment(rows, experts) if platform == "cpu" else 1
 
 
-def reference(x: Float[Array, "N D"], weights: Float[Array, "E D F"], sizes: Int[Array, " E"]) -> Float[Array, "N F"]:
-    """The same, by every expert on every row."""
-    of_expert = _of_expert(len(x), sizes)
+def reference_matmul(
+    x: Float[Array, "N D"], weights: Float[Array, "E D F"], sizes: Int[Array, " E"]
+) -> Float[Array, "N F"]:
+    """Computes `grouped_matmul` by every expert on every row."""
+    row, end = jnp.arange(len(x))[:, None], jnp.cumsum(sizes)
     y = jnp.zeros((len(x), weights.shape[2]), jnp.float32)
-    for e, rows in enumerate(of_expert):
-        rows = rows[:, None]
-        y += jnp.where(rows, jnp.dot(jnp.where(rows, x, 0), weights[e], preferred_element_type=jnp.float32), 0)
+    for e in range(len(weights)):
+        mask = (row >= end[e] - sizes[e]) & (row < end[e])
+        y += jnp.where(mask, jnp.dot(jnp.where(mask, x, 0), weights[e], preferred_element_type=jnp.float32), 0)
     return y.astype(x.dtype)
-
-
-def _of_expert(rows: int, sizes: Int[Array, " E"]) -> jax.Array:
-    """[E, N]: whether the row is the expert's."""
-    end = jnp.cumsum(sizes)[:, None]
-    return (jnp.arange(rows) >= end - sizes[:, None]) & (jnp.arange(rows) < end)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -91,7 +97,7 @@ _matmul.defvjp(_forward, _backward)
 
 
 def _product(x, weights, sizes, aligned: int, transposed: bool):
-    """x W_e, or x W_eᵀ."""
+    """Computes x_e W_e, or x_e W_eᵀ, for the rows of each expert e."""
     return jax.lax.platform_dependent(
         x,
         weights,
@@ -105,17 +111,22 @@ def _product(x, weights, sizes, aligned: int, transposed: bool):
 def ragged_matmul(
     x: Float[Array, "N D"], weights: Float[Array, "E ..."], sizes: Int[Array, " E"], transposed: bool
 ) -> Float[Array, "N F"]:
+    """Computes `_product` by XLA's ragged product."""
     dimensions = jax.lax.RaggedDotDimensionNumbers((((1,), (2 if transposed else 1,)), ((), ())), [0], [0])
     y = jax.lax.ragged_dot_general(x, weights, sizes, dimensions, preferred_element_type=jnp.float32)
-    return _used(y, sizes).astype(x.dtype)
+    return _zero_unassigned(y, sizes).astype(x.dtype)
 
 
-def ragged_outer(x: Float[Array, "N D"], g: Float[Array, "N F"], sizes: Int[Array, " E"]) -> Float[Array, "E D F"]:
+def ragged_outer(
+    x: Float[Array, "N D"], gradient: Float[Array, "N F"], sizes: Int[Array, " E"]
+) -> Float[Array, "E D F"]:
+    """Computes `grouped_outer` by XLA's ragged product."""
     dimensions = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    x, g = _used(x, sizes), _used(g, sizes)
-    return jax.lax.ragged_dot_general(x, g, sizes, dimensions, preferred_element_type=jnp.float32).astype(x.dtype)
+    x, gradient = _zero_unassigned(x, sizes), _zero_unassigned(gradient, sizes)
+    y = jax.lax.ragged_dot_general(x, gradient, sizes, dimensions, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
 
 
-def _used(x: Float[Array, "N D"], sizes: Int[Array, " E"]) -> Float[Array, "N D"]:
-    """x, with 0 in the rows that are no expert's, of which jax promises nothing."""
+def _zero_unassigned(x: Float[Array, "N D"], sizes: Int[Array, " E"]) -> Float[Array, "N D"]:
+    """Sets the rows that belong to no expert to 0; jax leaves them undefined."""
     return jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), x, 0)

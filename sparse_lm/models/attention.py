@@ -15,7 +15,7 @@ from sparse_lm.kernels.linear import linear
 from sparse_lm.mesh import constrain
 from sparse_lm.models.context import Context
 from sparse_lm.models.counting import Part, Setting, elementwise, product
-from sparse_lm.parameter import matrix, weight
+from sparse_lm.parameter import gather_weight, init_matrix
 
 # (forward, backward) FLOPs per element, see `models.counting`.
 SCORE = (6, 11)  # per head and key
@@ -41,10 +41,10 @@ class FullAttention(nnx.Module):
     def __init__(self, model: configs.Model, rngs: nnx.Rngs):
         d, h, n, w = model.width, model.heads, model.kv_heads, model.head_width
         axes, scale = ("width", "heads", "head_width"), model.init_scale
-        self.query = matrix(rngs, (d, h, w), axes, fan_in=d, scale=scale)
-        self.key = matrix(rngs, (d, n, w), axes, fan_in=d, scale=scale)
-        self.value = matrix(rngs, (d, n, w), axes, fan_in=d, scale=scale)
-        self.out = matrix(rngs, (h, w, d), ("heads", "head_width", "width"), fan_in=h * w, scale=scale)
+        self.query = init_matrix(rngs, (d, h, w), axes, fan_in=d, scale=scale)
+        self.key = init_matrix(rngs, (d, n, w), axes, fan_in=d, scale=scale)
+        self.value = init_matrix(rngs, (d, n, w), axes, fan_in=d, scale=scale)
+        self.out = init_matrix(rngs, (h, w, d), ("heads", "head_width", "width"), fan_in=h * w, scale=scale)
         self.rope_base, self.dtype = model.rope_base, model.dtype
         self.kv_heads, self.head_width = n, w
 
@@ -57,7 +57,7 @@ class FullAttention(nnx.Module):
         self, x: Float[Array, "B L D"], context: Context, cache: Cache | None = None
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """The output, and with a cache the one with this pass's keys and values, which is what is attended to."""
-        project = lambda parameter: linear(x, weight(parameter, x.dtype))
+        project = lambda parameter: linear(x, gather_weight(parameter, x.dtype))
         query = rotate(project(self.query), context.positions, self.rope_base)
         key = rotate(project(self.key), context.positions, self.rope_base)
         value = project(self.value)
@@ -73,7 +73,7 @@ class FullAttention(nnx.Module):
             mask = filled[:, None] & self.sees(place[..., None], jnp.arange(filled.shape[1]))
         query, key, value = (constrain(t, "batch", None, "heads", None) for t in (query, key, value))
         y = attend(query, key, value, mask)
-        y = linear(y.reshape(*x.shape[:2], -1), weight(self.out, x.dtype).reshape(-1, x.shape[-1]))
+        y = linear(y.reshape(*x.shape[:2], -1), gather_weight(self.out, x.dtype).reshape(-1, x.shape[-1]))
         return constrain(y, "batch", None, None), cache
 
     def sees(self, query: Int[Array, "*L 1"], key: Int[Array, "T"]) -> Bool[Array, "*L T"]:

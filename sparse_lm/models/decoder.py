@@ -19,7 +19,7 @@ from sparse_lm.models.context import Aux, Context
 from sparse_lm.models.depth import SkippedLayer
 from sparse_lm.models.expert_layer import router_of
 from sparse_lm.models.layer import Layer, RMSNorm
-from sparse_lm.parameter import matrix, weight
+from sparse_lm.parameter import gather_weight, init_matrix
 from sparse_lm.stack import LayerSpec, Stack, decoder_stack
 
 
@@ -38,11 +38,11 @@ class Decoder(nnx.Module):
         d, v = model.width, model.vocabulary
         # Tokens enter as sqrt(D) times a row of standard deviation 1/sqrt(D), so that the same table, unscaled, gives
         # logits of order 1.
-        self.embedding = matrix(rngs, (v, d), ("vocabulary", "table_width"), fan_in=d, scale=1.0)
+        self.embedding = init_matrix(rngs, (v, d), ("vocabulary", "table_width"), fan_in=d, scale=1.0)
         self.prefix = nnx.List([make_layer(model, spec, rngs) for spec in self.stack.prefix])
         self.period = nnx.List([make_repeated(model, spec, self.stack.repeats, rngs) for spec in self.stack.period])
         self.norm = RMSNorm(d)
-        output = lambda: matrix(rngs, (v, d), ("vocabulary", "table_width"), fan_in=d, scale=model.init_scale)
+        output = lambda: init_matrix(rngs, (v, d), ("vocabulary", "table_width"), fan_in=d, scale=model.init_scale)
         self.output = None if model.tied_embeddings else output()
 
     def __call__(
@@ -70,7 +70,7 @@ class Decoder(nnx.Module):
         prefix_caches, period_caches = ([None] * len(stack.prefix), None) if caches is None else caches
         # Looked up in float32: the gradient adds up a row for each occurrence of a token, too many for bfloat16.
         with jax.named_scope("embedding"):
-            rows = jnp.take(weight(self.embedding, "float32"), ids, axis=0) * model.width**0.5
+            rows = jnp.take(gather_weight(self.embedding, "float32"), ids, axis=0) * model.width**0.5
             x = constrain(rows.astype(model.dtype), "batch", None, None)
         keys = [None] * (len(stack.prefix) + 2) if key is None else jax.random.split(key, len(stack.prefix) + 2)
         x = dropout(x, model.dropout, keys[0])
@@ -105,7 +105,7 @@ class Decoder(nnx.Module):
         )
         table = self.embedding if self.output is None else self.output
         with jax.named_scope("output"):
-            x, table = self.norm(x), weight(table, x.dtype)
+            x, table = self.norm(x), gather_weight(table, x.dtype)
             logits = linear(x, table.T, jnp.float32)
         aux = join_routed(prefix_aux, period_aux)
         return Output(constrain(logits, "batch", None, "logits"), aux, (new_prefix, new_period))

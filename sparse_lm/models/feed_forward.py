@@ -16,7 +16,7 @@ from sparse_lm.kernels.linear import linear
 from sparse_lm.mesh import constrain
 from sparse_lm.models.context import Context
 from sparse_lm.models.counting import Part, Setting, elementwise, product
-from sparse_lm.parameter import matrix, weight, weight_axes
+from sparse_lm.parameter import gather_weight, gathered_axes, init_matrix
 
 # (forward, backward) FLOPs per hidden unit, see `models.counting`.
 HIDDEN = {"gelu": (8, 32), "geglu": (9, 37), "swiglu": (5, 17)}
@@ -47,7 +47,7 @@ class FeedForward(nnx.Module):
         """One weight from the first axis to the second."""
         lead = (experts,) if experts else ()
         shape = (*lead, *(sizes[axis] for axis in axes))
-        return matrix(rngs, shape, ("experts", *axes)[-len(shape) :], fan_in=fan_in, scale=model.init_scale)
+        return init_matrix(rngs, shape, ("experts", *axes)[-len(shape) :], fan_in=fan_in, scale=model.init_scale)
 
     def __call__(
         self,
@@ -72,7 +72,7 @@ class FeedForward(nnx.Module):
     def weights(self, dtype: str | jnp.dtype) -> tuple[dict[str, jax.Array], dict[str, tuple[str | None, ...]]]:
         """The weights by name as a product takes them, whole along the model's width, and the names of their axes."""
         named = self._named
-        return {n: weight(p, dtype) for n, p in named.items()}, {n: weight_axes(p) for n, p in named.items()}
+        return {n: gather_weight(p, dtype) for n, p in named.items()}, {n: gathered_axes(p) for n, p in named.items()}
 
     @property
     def product_flops(self) -> int:

@@ -49,7 +49,7 @@ class Functional:
     def init_router_state(self) -> dict:
         """{"routed": arrays [R, …] over the routed layers}, {} where no router has a state."""
         state = self._router.init_state() if self._router else {}
-        routed = len(self.stack.routed)
+        routed = len(self.stack.routed_layers)
         return {"routed": jax.tree.map(lambda leaf: jnp.stack([leaf] * routed), state)} if state else {}
 
     def update_router_state(self, state: dict, statistics: dict) -> dict:

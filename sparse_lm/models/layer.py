@@ -13,7 +13,7 @@ from sparse_lm.experts import dropout
 from sparse_lm.models.context import Aux, Context
 from sparse_lm.models.counting import Part, Setting, elementwise
 from sparse_lm.models.table import ATTENTIONS, FEED_FORWARDS
-from sparse_lm.parameter import ones
+from sparse_lm.parameter import init_ones
 from sparse_lm.registry import create
 from sparse_lm.routing import Replay, Router
 from sparse_lm.stack import LayerSpec
@@ -25,7 +25,7 @@ class RMSNorm(nnx.Module):
     """x over its root mean square, times a trained scale, in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
     def __init__(self, width: int):
-        self.scale = ones((width,), ("norm",))
+        self.scale = init_ones((width,), ("norm",))
 
     def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         wide = x.astype(jnp.float32)

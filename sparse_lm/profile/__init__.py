@@ -1,5 +1,5 @@
-"""Where a step's time goes: `sparse-lm profile`."""
+"""Profiles training steps: `sparse-lm profile`."""
 
 from sparse_lm.profile.measure import Profile as Profile
-from sparse_lm.profile.measure import profile as profile
+from sparse_lm.profile.measure import profile_steps as profile_steps
 from sparse_lm.profile.table import profile_table as profile_table

@@ -1,8 +1,8 @@
-"""From the text of a compiled program to the part of the model that an instruction belongs to, and the bytes it moves.
+"""Finds the part of the model that each instruction of a compiled program belongs to, and the bytes it moves.
 
-The model and the step name their parts by `jax.named_scope`. The names come through differentiation and compilation in
-each instruction's metadata: op_name="jit(step)/transpose(jvp(attention))/dot_general" is a product of attention's
-backward pass.
+The model and the step name their parts by `jax.named_scope`. Differentiation and compilation keep the names in each
+instruction's metadata: op_name="jit(step)/transpose(jvp(attention))/dot_general" is a product in the backward pass of
+attention.
 """
 
 import math
@@ -19,7 +19,9 @@ FREE = "parameter constant tuple get-tuple-element bitcast while conditional cal
 SLICING = ("dynamic-slice", "slice", "gather")
 
 
-class Place(NamedTuple):
+class Scope(NamedTuple):
+    """The part of the model that an instruction belongs to, in the forward or the backward pass."""
+
     part: str  # one of PARTS, or REST
     backward: bool
 
@@ -44,14 +46,14 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        found = re.search(r'op_name="([^"]*)"', self.arguments)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.arguments)
+        return match[1] if match else ""
 
     @property
-    def trips(self) -> int:
-        """How often a loop runs; 1 where the compiler does not know it."""
-        found = re.search(r'known_trip_count":\{"n":"(\d+)"', self.arguments)
-        return int(found[1]) if found else 1
+    def trip_count(self) -> int:
+        """How often a loop runs; 1 if the compiler does not know it."""
+        match = re.search(r'known_trip_count":\{"n":"(\d+)"', self.arguments)
+        return int(match[1]) if match else 1
 
 
 @dataclass
@@ -62,92 +64,92 @@ class Computation:
     def root(self) -> Instruction:
         return next(i for i in self.instructions.values() if i.root)
 
-    def users(self, of: Instruction) -> list[Instruction]:
-        return [i for i in self.instructions.values() if of in i.operands]
+    def users(self, operand: Instruction) -> list[Instruction]:
+        return [i for i in self.instructions.values() if operand in i.operands]
 
 
 @dataclass(frozen=True)
 class Program:
-    places: dict[str, Place]  # of each instruction, by its name
-    bytes: dict[Place, float]  # moved by all instructions of a place, per run of the program on one device
+    scopes: dict[str, Scope]  # of each instruction, by its name
+    bytes: dict[Scope, float]  # that the instructions of a scope move, per run of the program on one device
 
 
-def read(text: str) -> Program:
-    """Reads what `jax.stages.Compiled.as_text` gives.
+def read_program(text: str) -> Program:
+    """Reads the text of `jax.stages.Compiled.as_text`.
 
-    Bytes are those of each instruction's operands and results, as if no cache lay between instructions: an upper bound.
-    Of an operand that is only sliced the slices count, of a result that is updated in place the update, and of a loop's
-    body all rounds.
+    Bytes are those of each instruction's operands and results: an upper bound without caches. Only the slices of an
+    operand that is sliced count, only the update of a result that is updated in place, and all iterations of a loop.
     """
-    computations, entry = parse(text)
-    places: dict[str, Place] = {}
+    computations, entry = parse_computations(text)
+    scopes: dict[str, Scope] = {}
     for computation in computations.values():
-        places |= _places(computation)
-    moved: dict[Place, float] = defaultdict(float)
+        scopes |= _assign_scopes(computation)
+    moved: dict[Scope, float] = defaultdict(float)
 
-    def run(computation: Computation, times: int) -> None:
+    def count(computation: Computation, times: int) -> None:
         for instruction in computation.instructions.values():
             if instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
-                moved[places[instruction.name]] += times * traffic(instruction)
+                moved[scopes[instruction.name]] += times * memory_traffic(instruction)
             if instruction.opcode in ("while", "conditional", "call"):
                 for called in instruction.called:
-                    run(called, times * instruction.trips)
+                    count(called, times * instruction.trip_count)
 
-    run(entry, 1)
-    return Program(places, dict(moved))
+    count(entry, 1)
+    return Program(scopes, dict(moved))
 
 
-def parse(text: str) -> tuple[dict[str, Computation], Computation]:
-    """The computations of a module by name, and its entry."""
+def parse_computations(text: str) -> tuple[dict[str, Computation], Computation]:
+    """Parses the computations of a module by name, and its entry."""
     computations: dict[str, Computation] = {}
     entry = current = Computation()
     for line in text.splitlines():
-        if found := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
-            current = computations[found[2]] = Computation()
-            entry = current if found[1] else entry
-        elif found := re.match(r"\s+(ROOT )?%?([\w.-]+) = (.*?)(?<=[\])}]) ([a-z][\w-]*)\((.*)", line):
-            root, name, kind, opcode, arguments = found.groups()
+        if match := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            current = computations[match[2]] = Computation()
+            entry = current if match[1] else entry
+        elif match := re.match(r"\s+(ROOT )?%?([\w.-]+) = (.*?)(?<=[\])}]) ([a-z][\w-]*)\((.*)", line):
+            root, name, result, opcode, arguments = match.groups()
             operands = re.findall(r"%([\w.-]+)", arguments.split("), ", 1)[0])
-            named = re.findall(r"%([\w.-]+)", arguments)
+            references = re.findall(r"%([\w.-]+)", arguments)
             current.instructions[name] = Instruction(
                 name,
                 opcode,
-                tuple(_array(*array) for array in re.findall(r"(pred|[a-z]+\d\w*)\[([\d,]*)\]", kind)),
+                tuple(_parse_array(*array) for array in re.findall(r"(pred|[a-z]+\d\w*)\[([\d,]*)\]", result)),
                 arguments,
                 bool(root),
                 tuple(current.instructions[n] for n in operands if n in current.instructions),
-                tuple(computations[n] for n in named if n in computations),
+                tuple(computations[n] for n in references if n in computations),
             )
     return computations, entry
 
 
-def _array(dtype: str, shape: str) -> tuple[float, int]:
+def _parse_array(dtype: str, shape: str) -> tuple[float, int]:
     bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
     return bits / 8, math.prod(int(size) for size in shape.split(",") if size)
 
 
-def _places(computation: Computation) -> dict[str, Place]:
-    """The place of each instruction. One that the compiler made, a copy say, goes with its user, or what it uses."""
-    found = {name: _place(instruction) for name, instruction in computation.instructions.items()}
+def _assign_scopes(computation: Computation) -> dict[str, Scope]:
+    """Finds the scope of each instruction. One that the compiler added, such as a copy, gets that of its first user or
+    operand with a scope."""
+    scopes = {name: _vote_scope(instruction) for name, instruction in computation.instructions.items()}
     users = defaultdict(list)
     for instruction in computation.instructions.values():
         for operand in instruction.operands:
             users[operand.name].append(instruction.name)
     for name in reversed(computation.instructions):
-        found[name] = found[name] or next((found[user] for user in users[name] if found[user]), None)
+        scopes[name] = scopes[name] or next((scopes[user] for user in users[name] if scopes[user]), None)
     for name, instruction in computation.instructions.items():
-        found[name] = found[name] or next((found[o.name] for o in instruction.operands if found[o.name]), None)
-    return {name: place or Place(REST, False) for name, place in found.items()}
+        scopes[name] = scopes[name] or next((scopes[o.name] for o in instruction.operands if scopes[o.name]), None)
+    return {name: scope or Scope(REST, False) for name, scope in scopes.items()}
 
 
-def _place(instruction: Instruction) -> Place | None:
-    """By most of the work in it, where it has other instructions inside: a fusion bears the name of its last one."""
-    votes: Counter[Place] = Counter()
+def _vote_scope(instruction: Instruction) -> Scope | None:
+    """Finds the scope of most of the work in an instruction. The op_name of a fusion is only that of its last one."""
+    votes: Counter[Scope] = Counter()
 
-    def vote(one: Instruction) -> None:
-        if place := place_of(one.op_name):
-            votes[place] += _work(one)
-        for called in one.called:
+    def vote(part: Instruction) -> None:
+        if scope := parse_scope(part.op_name):
+            votes[scope] += _estimate_work(part)
+        for called in part.called:
             for inner in called.instructions.values():
                 vote(inner)
 
@@ -155,16 +157,16 @@ def _place(instruction: Instruction) -> Place | None:
     return votes.most_common(1)[0][0] if votes else None
 
 
-def place_of(op_name: str) -> Place | None:
-    """The innermost part that an op_name mentions; REST where it mentions none, None where it says nothing."""
+def parse_scope(op_name: str) -> Scope | None:
+    """Finds the innermost part in an op_name; REST if there is none, None for an op_name that is no path of scopes."""
     if "/" not in op_name:
         return None
     words = re.split(r"[/();]+", op_name)
-    return Place(next((w for w in reversed(words) if w in PARTS), REST), "transpose(" in op_name)
+    return Scope(next((w for w in reversed(words) if w in PARTS), REST), "transpose(" in op_name)
 
 
-def _work(instruction: Instruction) -> float:
-    """In proportion to FLOPs; never 0, so that it has a vote."""
+def _estimate_work(instruction: Instruction) -> float:
+    """Estimates work in proportion to FLOPs; never 0, so that every instruction has a vote."""
     operands = instruction.operands
     if instruction.opcode in ("dot", "ragged-dot", "convolution") and len(operands) > 1:
         return math.sqrt(operands[0].elements * operands[1].elements * instruction.elements)
@@ -173,18 +175,18 @@ def _work(instruction: Instruction) -> float:
     return instruction.elements
 
 
-def traffic(instruction: Instruction) -> float:
-    """Bytes that one run of an instruction reads and writes."""
-    inside = instruction.called[0] if instruction.opcode == "fusion" and instruction.called else None
-    if inside is None:
-        reads = sum(_read(o, [instruction]) for o in instruction.operands)
-        return reads + _written(instruction)
-    parameters = [i for i in inside.instructions.values() if i.opcode == "parameter"]
-    return sum(_read(p, inside.users(p)) for p in parameters) + _written(inside.root)
+def memory_traffic(instruction: Instruction) -> float:
+    """Counts the bytes that one run of an instruction reads and writes."""
+    fused = instruction.called[0] if instruction.opcode == "fusion" and instruction.called else None
+    if fused is None:
+        reads = sum(_bytes_read(o, [instruction]) for o in instruction.operands)
+        return reads + _bytes_written(instruction)
+    parameters = [i for i in fused.instructions.values() if i.opcode == "parameter"]
+    return sum(_bytes_read(p, fused.users(p)) for p in parameters) + _bytes_written(fused.root)
 
 
-def _read(array: Instruction, users: list[Instruction]) -> float:
-    """Bytes read of an array: of its slices alone where it is only sliced, none where a part of it is replaced."""
+def _bytes_read(array: Instruction, users: list[Instruction]) -> float:
+    """Counts the bytes read of an array: only those of its slices if it is sliced, none if a part of it is replaced."""
     read = 0.0
     for user in users:
         if user.operands[:1] == (array,) and user.opcode in SLICING:
@@ -194,9 +196,9 @@ def _read(array: Instruction, users: list[Instruction]) -> float:
     return min(read, array.bytes)
 
 
-def _written(result: Instruction) -> float:
+def _bytes_written(result: Instruction) -> float:
     if result.opcode == "dynamic-update-slice" and len(result.operands) > 1:
         return result.operands[1].bytes
     if result.opcode == "tuple":
-        return sum(_written(o) for o in result.operands)
+        return sum(_bytes_written(o) for o in result.operands)
     return result.bytes

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
-from sparse_lm.parameter import matrix
+from sparse_lm.parameter import init_matrix
 from sparse_lm.routing.choice import Choice, Routing, TokenChoice
 
 
@@ -85,7 +85,7 @@ class LearnedRouter(Router):
 def kernel(model: configs.Model, rngs: nnx.Rngs) -> nnx.Param:
     """A matrix from the features to a score for each expert."""
     axes = ("width", "router_experts")
-    return matrix(rngs, (model.width, model.experts), axes, fan_in=model.width, scale=model.init_scale)
+    return init_matrix(rngs, (model.width, model.experts), axes, fan_in=model.width, scale=model.init_scale)
 
 
 def scores(x: Float[Array, "G S D"], kernel: nnx.Param) -> Float[Array, "G S E"]:

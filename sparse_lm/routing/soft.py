@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
-from sparse_lm.parameter import matrix, ones
+from sparse_lm.parameter import init_matrix, init_ones
 from sparse_lm.routing.choice import Routing, SoftSlots, TokenChoice
 from sparse_lm.routing.health import measure
 from sparse_lm.routing.router import Router
@@ -45,8 +45,8 @@ class Soft(Router):
         slots = configs.compute_capacity(model.group_size, model.experts, model.top_k, model.capacity_factor)
         axes = ("width", "router_experts", "slots")
         shape = (model.width, model.experts, slots)
-        self.phi = matrix(rngs, shape, axes, fan_in=model.width, scale=model.init_scale)
-        self.scale = ones((1,), ("norm",)) if normalize else None
+        self.phi = init_matrix(rngs, shape, axes, fan_in=model.width, scale=model.init_scale)
+        self.scale = init_ones((1,), ("norm",)) if normalize else None
 
     @staticmethod
     def leak(model):

@@ -178,7 +178,7 @@ def summarize(
         evaluation: the last measures, by split.
     """
     seconds, tokens = clock.seconds, count_tokens(np.asarray(state.tokens))
-    parameters = cost.parameters(config.model)
+    parameters = cost.count_parameters(config.model)
     return {
         "name": config.name,
         "steps": int(state.step),

@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from sparse_lm.config import Config, from_dict, identity, resolve, to_dict
+from sparse_lm.config import Config, from_dict, identity_fields, resolve, to_dict
 from sparse_lm.errors import UserError
 from sparse_lm.runs.claim import NAME, Hold, hold, in_object_store
 
@@ -45,7 +45,7 @@ class RunFolder:
                 an object store lives, which takes up to `claim.LAPSES_AFTER` seconds. What it raises ends the waiting.
 
         Raises `UserError` where another living process holds the folder, or it holds a run of another identity
-        (`sparse_lm.config.identity`) or on other data.
+        (`sparse_lm.config.identity_fields`) or on other data.
         """
         self.path = epath.Path(path)
         self.primary = primary
@@ -149,7 +149,7 @@ class RunFolder:
         return self._tables.setdefault(name, Table(self.path, name))
 
     def _check_same(self, config: Config, info: dict) -> None:
-        there, here = identity(read_config(self.path)), identity(config)
+        there, here = identity_fields(read_config(self.path)), identity_fields(config)
         value = lambda side, key: repr(side[key]) if key in side else "unset"
         if differ := [key for key in sorted(here | there) if value(there, key) != value(here, key)]:
             shown = ", ".join(f"{key} is {value(there, key)} there and {value(here, key)} here" for key in differ[:6])

@@ -25,7 +25,7 @@ def metrics_row(stack: Stack, step: int, metrics: dict[str, Any]) -> dict[str, A
     row |= {name: float(metrics.get(name, 0.0)) for name in (*SCALARS, *sorted(others - set(SCALARS)))}
     row["skipped"] = int(metrics["skipped"])
     for name, values in metrics["routing"].items():
-        row |= {f"routing/{layer}/{name}": float(value) for layer, value in zip(stack.routed, values)}
+        row |= {f"routing/{layer}/{name}": float(value) for layer, value in zip(stack.routed_layers, values)}
     return row
 
 
@@ -43,7 +43,7 @@ def evaluate(
     place = sharding(program.mesh, "batch")
     measured = {}
     for split in splits:
-        batches = corpus.evaluation(split, batch, rows)
+        batches = corpus.evaluation_batches(split, batch, rows)
         with data.Prefetch(lambda i, b=batches: data.device_batch(b, i, batch, place), 0, len(batches)) as ready:
             # One after the other, for the reason given in `digest.digests`.
             sums = [jax.device_get(program.evaluate(parameters, router, rows)) for rows in ready]

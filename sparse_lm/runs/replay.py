@@ -48,7 +48,8 @@ def replay(workdir: epath.PathLike, step: int) -> Replayed:
         raise UserError(f"--step is {step}; {workdir} has done steps 1 to {done}")
     corpus = prepare_own(config, workdir)
     program = build_here(config, keep_batch=True)
-    batches, place = corpus.train(config.training.seed, config.training.batch), sharding(program.mesh, "batch")
+    batches = corpus.training_batches(config.training.seed, config.training.batch)
+    place = sharding(program.mesh, "batch")
     with Checkpoints(f"{workdir}/checkpoints") as checkpoints:
         before = max((saved for saved in checkpoints.steps() if saved < step), default=0)
         if before:
@@ -78,7 +79,7 @@ def _whole(parts: np.ndarray, length: int) -> np.ndarray:
 def _by_layer(config: configs.Config, stack: Stack, experts: np.ndarray | None) -> dict[int, np.ndarray]:
     if experts is None or ROUTERS[config.model.router.name].form is not TokenChoice:
         return {}
-    length, layers = config.data.length, stack.routed
+    length, layers = config.data.length, stack.routed_layers
     parts = experts.shape[0]
     by_layer = experts.reshape(parts, len(layers), -1, length, experts.shape[-1]).swapaxes(0, 1)
     return {layer: _whole(chosen, length) for layer, chosen in zip(layers, by_layer)}

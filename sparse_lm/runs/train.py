@@ -12,7 +12,7 @@ from etils import epath
 
 from sparse_lm import __version__, data
 from sparse_lm import config as configs
-from sparse_lm.errors import Stopped, UserError, nearest
+from sparse_lm.errors import Stopped, UserError, suggest
 from sparse_lm.experts.auto import executor_name
 from sparse_lm.mesh import make_mesh, sharding
 from sparse_lm.models.expert_layer import router_of
@@ -146,7 +146,7 @@ def _resume(checkpoints: Checkpoints, folder: RunFolder, clock: Clock, step: int
 
 def _batches(config: configs.Config, corpus: data.Corpus) -> data.Batches:
     steps, batch = config.training.steps, config.training.batch
-    batches = corpus.train(config.training.seed, batch)
+    batches = corpus.training_batches(config.training.seed, batch)
     if len(batches) < steps:
         raise UserError(f"training.steps is {steps}; max_epochs of the sources allows {len(batches)} of {batch} rows")
     return batches
@@ -158,7 +158,7 @@ def _splits(config: configs.Config, corpus: data.Corpus) -> list[str]:
     for split in wanted:
         if split not in corpus.split_names:
             raise UserError(
-                f"evaluation.splits names {split!r}, which the data has not{nearest(split, corpus.split_names)}"
+                f"evaluation.splits names {split!r}, which the data has not{suggest(split, corpus.split_names)}"
             )
     return wanted
 

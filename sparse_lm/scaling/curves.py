@@ -1,4 +1,4 @@
-"""Loss curves of evaluations: when a loss is reached, and how much sooner than by another run."""
+"""Loss curves of evaluations: when a run reaches a loss, and its speedup over another run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,20 +7,33 @@ from typing import Any
 Row = Mapping[str, Any]
 
 
-def curve(rows: Sequence[Row], split: str, along: str) -> tuple[list[float], list[float]]:
-    """The values of `along` (step, seconds) and the losses of one split, by step, from the rows of eval.jsonl.
+def loss_curve(rows: Sequence[Row], split: str, unit: str) -> tuple[list[float], list[float]]:
+    """Reads the loss curve of one split.
 
-    A loss that was not finite is stored as null, and infinite here.
+    Args:
+        rows: of eval.jsonl.
+        split: the split.
+        unit: of the x axis, "step" or "seconds".
+
+    Returns:
+        x values and losses in nats per token, by step. A loss that is not finite, stored as null, is inf.
     """
-    chosen = sorted((row for row in rows if row["split"] == split), key=lambda row: row["step"])
-    return [row[along] for row in chosen], [math.inf if row["loss"] is None else row["loss"] for row in chosen]
+    rows = sorted((row for row in rows if row["split"] == split), key=lambda row: row["step"])
+    return [row[unit] for row in rows], [math.inf if row["loss"] is None else row["loss"] for row in rows]
 
 
-def crossing(x: Sequence[float], loss: Sequence[float], target: float) -> float | None:
-    """Where the loss first is at or below the target, interpolated linearly between evaluations; None if nowhere.
+def first_crossing(x: Sequence[float], loss: Sequence[float], target: float) -> float | None:
+    """Finds the first x with a loss at or below the target, interpolated linearly between evaluations.
 
-    Where the interpolation has nothing before it (the first evaluation, or one after an infinite loss), it is the place
-    of the evaluation itself.
+    Without a finite loss before, it is the x of the evaluation itself.
+
+    Args:
+        x: steps or seconds of the evaluations.
+        loss: at each of them.
+        target: the loss to reach.
+
+    Returns:
+        x; None if the target is not reached.
     """
     for i, value in enumerate(loss):
         if value <= target:
@@ -31,13 +44,23 @@ def crossing(x: Sequence[float], loss: Sequence[float], target: float) -> float 
     return None
 
 
-def speedup(baseline: Sequence[Row], rows: Sequence[Row], split: str, along: str) -> float | None:
-    """How many times less of `along` a run needs than the baseline to reach the baseline's final loss, or None.
+def speedup(baseline: Sequence[Row], rows: Sequence[Row], split: str, unit: str) -> float | None:
+    """Computes how many times fewer steps or seconds a run needs than the baseline to reach the baseline's final loss.
 
-    Both are read by the same rule: a baseline that was at its final loss before its end is credited with that.
+    A baseline that reaches its final loss before its end is credited with that.
+
+    Args:
+        baseline: rows of eval.jsonl.
+        rows: those of the other run.
+        split: whose loss counts.
+        unit: "step" or "seconds".
+
+    Returns:
+        The ratio; None if the run does not reach the loss.
     """
-    x, loss = curve(baseline, split, along)
+    x, loss = loss_curve(baseline, split, unit)
     if not loss or math.isinf(loss[-1]):
         return None
-    own, other = crossing(x, loss, loss[-1]), crossing(*curve(rows, split, along), loss[-1])
-    return own / other if own and other else None
+    baseline_x = first_crossing(x, loss, loss[-1])
+    other_x = first_crossing(*loss_curve(rows, split, unit), loss[-1])
+    return baseline_x / other_x if baseline_x and other_x else None

@@ -1,4 +1,4 @@
-"""A comparison for people: comparison.md, a short text for the terminal, and the files of a comparison's folder."""
+"""Formats a comparison for the terminal and as Markdown, and writes the files of its folder."""
 
 import json
 from collections.abc import Sequence
@@ -6,22 +6,22 @@ from typing import Any
 
 from etils import epath
 
-from sparse_lm.cost.info import human, table
+from sparse_lm.cost.info import format_quantity, format_table
 from sparse_lm.runs.folder import write_whole
 from sparse_lm.scaling.outcome import Run
-from sparse_lm.scaling.picture import picture
+from sparse_lm.scaling.picture import plot_comparison
 from sparse_lm.scaling.statistics import BETTER, DIVERGED, NOT_JUDGED, NOT_RANKED, SAME, WORSE
 
 Comparison = dict[str, Any]
 
 
-def write(result: Comparison, sides: dict[str, Sequence[Run]], folder: epath.Path) -> None:
-    """Writes comparison.json, comparison.md and comparison.png, each whole or not at all."""
+def write_report(result: Comparison, sides: dict[str, Sequence[Run]], folder: epath.Path) -> None:
+    """Writes comparison.json, comparison.md and comparison.png; each file is complete or not written."""
     seeds = f"{result['seeds']} seeds, band: lowest to highest" if result["seeds"] > 1 else "one seed"
     title = f"{result['config']}: {' and '.join(result['sides'])}, {seeds}"
     files = {
-        "comparison.png": picture(sides, title),
-        "comparison.md": markdown(result).encode(),
+        "comparison.png": plot_comparison(sides, title),
+        "comparison.md": format_markdown(result).encode(),
         "comparison.json": (json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,42 +29,45 @@ def write(result: Comparison, sides: dict[str, Sequence[Run]], folder: epath.Pat
         write_whole(folder / name, content)
 
 
-def summary(result: Comparison) -> str:
-    """The comparison in the width of a terminal."""
-    rows = [[text.replace("**", "") for text in row] for row in _rows(result)]
-    return "\n\n".join((table(rows), "\n".join(_verdicts(result)), "\n".join(_speedups(result))))
+def format_summary(result: Comparison) -> str:
+    """Formats a comparison for a terminal."""
+    rows = [[text.replace("**", "") for text in row] for row in _table_rows(result)]
+    return "\n\n".join((format_table(rows), "\n".join(_verdict_lines(result)), "\n".join(_speedup_lines(result))))
 
 
-def markdown(result: Comparison) -> str:
-    head, *rows = _rows(result)
-    lines = [f"# {result['config']}: {' and '.join(result['sides'])}", "", *_verdicts(result, "- "), ""]
+def format_markdown(result: Comparison) -> str:
+    """Formats a comparison as Markdown, for comparison.md."""
+    head, *rows = _table_rows(result)
+    lines = [f"# {result['config']}: {' and '.join(result['sides'])}", "", *_verdict_lines(result, "- "), ""]
     lines += [f"| {' | '.join(head)} |", "| --- | ---: | ---: |", *(f"| {' | '.join(row)} |" for row in rows), ""]
-    lines += ["## How much sooner", "", *_speedups(result, "- "), ""]
+    lines += ["## How much sooner", "", *_speedup_lines(result, "- "), ""]
     lines += ["![validation loss over steps and over seconds](comparison.png)", ""]
-    lines += ["## What was compared", "", *_what(result), ""]
+    lines += ["## What was compared", "", *_comparison_lines(result), ""]
     if result["sweep"]:
-        lines += ["## Learning rates", "", *_sweep(result["sweep"]), ""]
-    lines += ["## What differs in the configs", "", *_differences(result), ""]
+        lines += ["## Learning rates", "", *_sweep_lines(result["sweep"]), ""]
+    lines += ["## What differs in the configs", "", *_difference_lines(result), ""]
     return "\n".join(lines)
 
 
-def _rows(result: Comparison) -> list[list[str]]:
+def _table_rows(result: Comparison) -> list[list[str]]:
     sides = [result[side] for side in result["sides"]]
-    flop = lambda value: human(value, "FLOP")
+    flop = lambda value: format_quantity(value, "FLOP")
     number = lambda value: f"{value:.4f}"
     rows = [["", *result["sides"]]]
 
-    def row(what: str, name: str, show) -> None:
-        rows.append([what, *(_with_interval(side.get(name), side.get(f"{name}_interval"), show) for side in sides)])
+    def row(label: str, name: str, form) -> None:
+        rows.append([label, *(_format_interval(side.get(name), side.get(f"{name}_interval"), form) for side in sides)])
 
-    row("parameters", "total_params", human)
-    row("parameters that a token uses", "active_params", human)
+    row("parameters", "total_params", format_quantity)
+    row("parameters that a token uses", "active_params", format_quantity)
     row("training FLOPs per token", "train_flops_per_token", flop)
     row("of these the router's", "router_flops_per_token", flop)
     row("executed FLOPs per token", "executed_flops_per_token", flop)
     for split in result["verdicts"]:
         row(f"{split} loss, nats per token", f"{split}_loss", number)
-        rows.append([f"{split}, bits per byte", *(_or_none(side["bits_per_byte"][split], number) for side in sides)])
+        rows.append(
+            [f"{split}, bits per byte", *(_format_value(side["bits_per_byte"][split], number) for side in sides)]
+        )
     row("tokens per second", "tokens_per_second", lambda v: f"{v:,.0f}")
     row("seconds of training", "seconds", lambda v: f"{v:,.1f}")
     if "cost" in sides[0]:
@@ -72,76 +75,77 @@ def _rows(result: Comparison) -> list[list[str]]:
     return rows
 
 
-def _or_none(value: float | None, show) -> str:
-    return "none" if value is None else show(value)
+def _format_value(value: float | None, form) -> str:
+    return "none" if value is None else form(value)
 
 
-def _with_interval(value: float | None, interval: list[float] | None, show) -> str:
-    shown = _or_none(value, show)
-    return f"{shown} ({show(interval[0])} to {show(interval[1])})" if interval else shown
+def _format_interval(value: float | None, interval: list[float] | None, form) -> str:
+    text = _format_value(value, form)
+    return f"{text} ({form(interval[0])} to {form(interval[1])})" if interval else text
 
 
-def _verdicts(result: Comparison, mark: str = "") -> list[str]:
+def _verdict_lines(result: Comparison, mark: str = "") -> list[str]:
     first, second = result["sides"]
     lines = []
-    for split, word in result["verdicts"].items():
+    for split, verdict in result["verdicts"].items():
         change = result["differences"][split]
-        if word == NOT_RANKED:
-            lines += [f"{mark}{split}: {word}, {_not_ranked(result)}."]
+        if verdict == NOT_RANKED:
+            lines += [f"{mark}{split}: {verdict}, {_explain_not_ranked(result)}."]
             continue
-        if word == DIVERGED:
-            lines.append(f"{mark}{split}: {word}.")
+        if verdict == DIVERGED:
+            lines.append(f"{mark}{split}: {verdict}.")
             continue
-        shown = f"{change['mean']:+.4f} nats per token"
+        difference = f"{change['mean']:+.4f} nats per token"
         if bounds := change["interval"]:
-            shown += f" (95 % interval {bounds[0]:+.4f} to {bounds[1]:+.4f}, {result['seeds']} seeds)"
-        said = {
+            difference += f" (95 % interval {bounds[0]:+.4f} to {bounds[1]:+.4f}, {result['seeds']} seeds)"
+        statement = {
             BETTER: f"the {second} model is better",
             WORSE: f"the {second} model is worse",
             SAME: f"{SAME} between the {second} model and the {first} one",
             NOT_JUDGED: NOT_JUDGED,
-        }[word]
-        lines.append(f"{mark}{split}: {said}. Loss of {second} minus {first}: {shown}.")
+        }[verdict]
+        lines.append(f"{mark}{split}: {statement}. Loss of {second} minus {first}: {difference}.")
     return lines
 
 
-def _speedups(result: Comparison, mark: str = "") -> list[str]:
+def _speedup_lines(result: Comparison, mark: str = "") -> list[str]:
     first, second = result["sides"]
     if NOT_RANKED in result["verdicts"].values():
-        return [f"{mark}How much sooner a loss is reached can't be said, {_not_ranked(result)}."]
+        return [f"{mark}How much sooner a loss is reached can't be said, {_explain_not_ranked(result)}."]
     if result["step_speedup"] is None:
         reached = sum(value is not None for value in result["step_speedup_per_seed"])
         seeds = f"in {reached} of {result['seeds']} seeds" if reached else "in any seed" if result["seeds"] > 1 else ""
         verb = "reaches" if reached else "does not reach"
         return [f"{mark}The {second} model {verb} the {first} model's final validation loss {seeds}".rstrip() + "."]
     lines = [f"{mark}To reach the {first} model's final validation loss, the {second} model needs"]
-    for name, what in (("step", "steps"), ("flops", "training FLOPs"), ("time", "seconds")):
+    for name, unit in (("step", "steps"), ("flops", "training FLOPs"), ("time", "seconds")):
         value, bounds = result[f"{name}_speedup"], result[f"{name}_speedup_interval"]
         if value is not None:
-            lines.append(f"{'  ' if not mark else '  - '}{_times(value)} {what}" + _between(bounds))
+            lines.append(
+                f"{'  ' if not mark else '  - '}{_format_ratio(value)} {unit}" + _format_ratio_interval(bounds)
+            )
     return lines
 
 
-def _not_ranked(result: Comparison) -> str:
-    looks = [f"in the {side} model {result[side]['leak']}" for side in result["sides"] if result[side]["leak"]]
-    return f"since a loss that looks ahead is not that of a causal language model: {', and '.join(looks)}"
+def _explain_not_ranked(result: Comparison) -> str:
+    leaks = [f"in the {side} model {result[side]['leak']}" for side in result["sides"] if result[side]["leak"]]
+    return f"since a loss that looks ahead is not that of a causal language model: {', and '.join(leaks)}"
 
 
-def _times(value: float) -> str:
+def _format_ratio(value: float) -> str:
     return f"{value:.2f} times fewer" if value >= 1 else f"{1 / value:.2f} times as many"
 
 
-def _between(bounds: list[float] | None) -> str:
+def _format_ratio_interval(bounds: list[float] | None) -> str:
     return f" (95 % interval of the ratio {bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else ""
 
 
-def _what(result: Comparison) -> list[str]:
-    first, second = result["sides"]
-    a, b = result[first], result[second]
+def _comparison_lines(result: Comparison) -> list[str]:
+    first, second = (result[side] for side in result["sides"])
     devices = result["devices"]
-    where = f"{devices['count']} {devices['kind']}" if isinstance(devices, dict) else str(devices)
+    hardware = f"{devices['count']} {devices['kind']}" if isinstance(devices, dict) else str(devices)
     lines = [
-        f"{result['steps']} steps on {where}; text of fingerprint {result['fingerprint']}. "
+        f"{result['steps']} steps on {hardware}; text of fingerprint {result['fingerprint']}. "
         + (f"Each number is the mean of {result['seeds']} seeds, with its 95 % interval." if result["seeds"] > 1 else
            "With one seed nothing tells a difference from the noise between seeds; `--seeds=3` or more does."),
         "",
@@ -150,14 +154,14 @@ def _what(result: Comparison) -> list[str]:
         "runs, with attention scores that are masked, places of experts that stay empty, masks and the optimizer.",
     ]  # fmt: skip
     if set(result["sides"]) == {"dense", "sparse"}:
-        extra = b["router_flops_per_token"] / b["train_flops_per_token"]
-        holds, runs = (b[name] / a[name] for name in ("total_params", "executed_flops_per_token"))
+        router_share = second["router_flops_per_token"] / second["train_flops_per_token"]
+        params_ratio, flops_ratio = (second[n] / first[n] for n in ("total_params", "executed_flops_per_token"))
         lines += [
             "",
             "A token passes through one dense feed-forward layer, or through as many experts as add up to its width. "
-            f"Where both models are otherwise the same, they differ by the router alone, {extra:.1%} of the sparse "
-            f"model's training FLOPs. It holds {holds:.1f} times the parameters, and its program runs {runs:.2f} times "
-            "the FLOPs per token.",
+            f"Where both models are otherwise the same, they differ by the router alone, {router_share:.1%} of the "
+            f"sparse model's training FLOPs. It holds {params_ratio:.1f} times the parameters, and its program runs "
+            f"{flops_ratio:.2f} times the FLOPs per token.",
         ]
     lines += [
         "",
@@ -171,19 +175,19 @@ def _what(result: Comparison) -> list[str]:
     return lines
 
 
-def _sweep(sweep: dict[str, Any]) -> list[str]:
+def _sweep_lines(sweep: dict[str, Any]) -> list[str]:
     lines = ["Each side was first trained at each of these learning rates, and compared at its own best.", ""]
     lines += ["| side | learning rate | validation loss |", "| --- | ---: | ---: |"]
-    for side, found in sweep.items():
-        for rate, loss in found["losses"]:
-            best = ", chosen" if rate == found["best"] else ""
-            lines.append(f"| {side} | {rate:.3g}{best} | {_or_none(loss, lambda v: f'{v:.4f}')} |")
-    if edges := [side for side, found in sweep.items() if found["at_edge"]]:
+    for side, tuned in sweep.items():
+        for rate, loss in tuned["losses"]:
+            best = ", chosen" if rate == tuned["best"] else ""
+            lines.append(f"| {side} | {rate:.3g}{best} | {_format_value(loss, lambda v: f'{v:.4f}')} |")
+    if edges := [side for side, tuned in sweep.items() if tuned["at_edge"]]:
         lines += ["", f"At the edge of the grid, so that one beyond it may do more: {', '.join(edges)}."]
     return lines
 
 
-def _differences(result: Comparison) -> list[str]:
+def _difference_lines(result: Comparison) -> list[str]:
     differences = result["config_differences"]
     if not differences:
         return ["Nothing."]

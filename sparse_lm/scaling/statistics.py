@@ -1,4 +1,4 @@
-"""Means over seeds, their intervals, and the words that may be used for a difference."""
+"""Means over seeds, their confidence intervals, and verdicts on differences."""
 
 import math
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """Student's t-interval of the mean, [low, high]; None for fewer than two values."""
+def confidence_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Computes Student's t-interval (low, high) of the mean; None for fewer than two values."""
     n = len(values)
     if n < 2:
         return None
@@ -27,13 +27,11 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """What may be said of a loss, from its differences to the baseline's, one per seed.
-
-    "better" and "worse" only where the 95 % interval of the mean difference excludes 0.
-    """
+    """Judges a loss by its differences from the baseline's, one per seed: `BETTER` or `WORSE` only if the 95 % interval
+    of the mean difference excludes 0."""
     if not all(map(math.isfinite, differences)):
         return DIVERGED
-    if (bounds := interval(differences)) is None:
+    if (bounds := confidence_interval(differences)) is None:
         return NOT_JUDGED
     low, high = bounds
     return BETTER if high < 0 else WORSE if low > 0 else SAME

@@ -1,4 +1,4 @@
-"""Prompts from files: a folder of texts, or the lines of a .jsonl file."""
+"""Reads prompts from a folder of text files, or from the lines of a .jsonl file."""
 
 import json
 
@@ -8,10 +8,17 @@ from sparse_lm.errors import UserError
 
 
 def read_prompts(path: epath.PathLike, field: str) -> list[tuple[str, str]]:
-    """(name, prompt) of each .txt file of a folder, by name, or of each line of a .jsonl file, named FILE:LINE.
+    """Reads prompts.
 
-    A newline at the end of a .txt file is the editor's and not part of the prompt. Raises `UserError` where there are
-    no prompts, one is not UTF-8, or a line is not JSON or has no text in the field.
+    Args:
+        path: a folder of .txt files, or a .jsonl file.
+        field: of a line of the .jsonl file.
+
+    Returns:
+        (name, prompt) of each .txt file, without a newline at its end, or of each line, named FILE:LINE.
+
+    Raises:
+        UserError: if there are no prompts, one is not UTF-8, or a line is not JSON or has no text in the field.
     """
     path = epath.Path(path).expanduser()
     if path.is_dir():
@@ -27,12 +34,12 @@ def _read_folder(folder: epath.Path) -> list[tuple[str, str]]:
     files = sorted(folder.glob("*.txt"), key=lambda path: path.name)
     if not files:
         raise UserError(f"there are no prompts: {folder} has no .txt file")
-    return [(path.name, _read(path).removesuffix("\n")) for path in files]
+    return [(path.name, _read_text(path).removesuffix("\n")) for path in files]
 
 
 def _read_jsonl(path: epath.Path, field: str) -> list[tuple[str, str]]:
     prompts = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):  # a JSON string may hold other ends of lines
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):  # a JSON string may hold other line ends
         if not line.strip():
             continue
         try:
@@ -49,7 +56,7 @@ def _read_jsonl(path: epath.Path, field: str) -> list[tuple[str, str]]:
     return prompts
 
 
-def _read(path: epath.Path) -> str:
+def _read_text(path: epath.Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

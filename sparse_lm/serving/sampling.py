@@ -1,4 +1,4 @@
-"""The next token from logits: greedily, or at random by temperature, top-k and top-p."""
+"""Samples the next token from logits: greedily, or with temperature, top-k and top-p."""
 
 import functools
 import math
@@ -15,9 +15,9 @@ from sparse_lm.errors import UserError
 class Sampling:
     """How a token is drawn. Raises `UserError` for a value out of range."""
 
-    temperature: float = 1.0  # logits are divided by it; 0: the most probable token, whatever the rest says
-    top_k: int = 0  # of the most probable tokens, how many may be drawn; 0: all
-    top_p: float = 1.0  # the fewest most probable tokens that have this much of the probability may be drawn; 1: all
+    temperature: float = 1.0  # logits are divided by it; 0: always the most probable token
+    top_k: int = 0  # draw among this many most probable tokens; 0: all
+    top_p: float = 1.0  # draw among the fewest most probable tokens with this total probability; 1: all
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
@@ -29,10 +29,14 @@ class Sampling:
 
 
 def log_probabilities(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Array, "*B V"]:
-    """Log-probabilities that tokens are drawn with, -inf for those left out; the temperature must be above 0.
+    """Computes the log-probabilities that tokens are drawn with; -inf for excluded tokens.
 
-    Temperature comes first, then top-k (Fan et al. 2018, arXiv 1805.04833), then top-p of the probability that is left
-    (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751, equations 2 and 3). Among equals the lower id is first.
+    Temperature comes first, then top-k (Fan et al. 2018, arXiv 1805.04833), then top-p of the remaining probability
+    (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751, equations 2 and 3). Of equal tokens the lower id is kept.
+
+    Args:
+        logits: of each token.
+        sampling: with a temperature above 0.
     """
     logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_k or sampling.top_p < 1:
@@ -50,7 +54,7 @@ def log_probabilities(logits: Float[Array, "*B V"], sampling: Sampling) -> Float
 
 @functools.partial(jax.jit, static_argnames="sampling")
 def sample(logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Sampling) -> Int[Array, "B"]:
-    """A token of each row, drawn with the row's own key."""
+    """Draws a token of each row with the key of the row."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1)
     return jax.vmap(jax.random.categorical)(keys, log_probabilities(logits, sampling))

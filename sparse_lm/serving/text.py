@@ -1,4 +1,4 @@
-"""Generation in text: prompts and continuations as strings, one at a time or a folder at once."""
+"""Continues prompts given as strings: streamed, or a whole folder of them at once."""
 
 import codecs
 import json
@@ -16,7 +16,7 @@ from sparse_lm.serving.prompts import read_prompts
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What generation needs of a tokenizer. The bytes of a list of ids are those of its parts, one after the other."""
+    """The tokenizer that generation needs. The bytes of ids are the concatenated bytes of each id."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -26,9 +26,9 @@ class Tokenizer(Protocol):
 def stream_text(
     generator: Generator, tokenizer: Tokenizer, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Iterator[list[str]]:
-    """What each step adds to each prompt's text, "" where a row has ended or a character is not complete yet.
+    """Yields the text that each step adds to each prompt: "" if a row has ended or a character is incomplete.
 
-    Joined, a row's pieces are its continuation; bytes that are not UTF-8 become U+FFFD.
+    The pieces of a row add up to its continuation; bytes that are not UTF-8 become U+FFFD.
     """
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
     for step in generator.stream([tokenizer.encode(prompt) for prompt in prompts], seeds):
@@ -36,8 +36,8 @@ def stream_text(
     yield [decoder.decode(b"", final=True) for decoder in decoders]
 
 
-def beyond_training(tokens: int, length: int) -> str | None:
-    """A warning where prompt and continuation have more tokens than the rows of `length` a model was trained on."""
+def warn_beyond_training(tokens: int, length: int) -> str | None:
+    """Returns a warning if prompt and continuation have more tokens than the rows a model was trained on, else None."""
     if tokens <= length:
         return None
     return f"prompt and continuation have {tokens} tokens; the model was trained on {length}, and may fail beyond them"
@@ -54,15 +54,25 @@ def generate_folder(
     batch: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Continues every prompt of a folder of .txt files, or of a .jsonl file's `field`, and writes one .jsonl file.
+    """Continues the prompts of a folder or file, and writes a .jsonl file.
 
-    Its rows, in the order of `read_prompts`, are prompt_file, prompt, text (the continuation), tokens (its ids),
-    prompt_tokens (their number in the prompt) and ended (whether the text came to its end before max_tokens). `out`
-    appears when it is complete, and replaces what was there. `batch` prompts are continued at once; progress is told
-    how many of all are done.
+    Its rows, in the order of `read_prompts`, hold prompt_file, prompt, text (the continuation), tokens (its ids),
+    prompt_tokens (length of the prompt) and ended (whether end_of_text came before max_tokens). The file is complete or
+    does not exist; an old one is replaced.
 
-    Returns the number of tokens of the longest prompt with its continuation, for `beyond_training`. Raises `UserError`
-    as `read_prompts` does, and where `out` can't be written.
+    Args:
+        prompts: a folder of .txt files, or a .jsonl file.
+        out: the file to write.
+        field: of the .jsonl file.
+        seed: of all continuations.
+        batch: prompts that are continued at once.
+        progress: called with the number of prompts done and of all.
+
+    Returns:
+        The most tokens of a prompt and its continuation, for `warn_beyond_training`.
+
+    Raises:
+        UserError: as `read_prompts` does, or if `out` can't be written.
     """
     if batch < 1:
         raise UserError(f"batch is {batch}; it must be at least 1")
@@ -71,27 +81,27 @@ def generate_folder(
         raise UserError(f"{out} is a folder; the continuations go into a file")
     named = read_prompts(prompts, field)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
-    writes = jax.process_index() == 0
-    if writes:
-        _write(unfinished, "")  # what can't be written is to be told now, not after the work
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        _write(unfinished, "")  # raises before the work if it can't be written
     try:
-        rows = _continue(generator, tokenizer, named, seed, batch, progress)
-        if writes:
+        rows = _continue_prompts(generator, tokenizer, named, seed, batch, progress)
+        if is_writer:
             _write(unfinished, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             unfinished.replace(out)
     finally:
-        if writes:
+        if is_writer:
             unfinished.unlink(missing_ok=True)
     return max(row["prompt_tokens"] + len(row["tokens"]) for row in rows)
 
 
-def _continue(generator, tokenizer, named, seed, batch, progress) -> list[dict]:
+def _continue_prompts(generator, tokenizer, named, seed, batch, progress) -> list[dict]:
     ids = [tokenizer.encode(prompt) for _, prompt in named]
     rows: list[dict] = [{}] * len(named)
-    alike = sorted(range(len(named)), key=lambda i: len(ids[i]))  # in length, so that little is padded
-    for start in range(0, len(alike), batch):
-        some = alike[start : start + batch]
-        for i, tokens in zip(some, generator.generate([ids[i] for i in some], [seed] * len(some))):
+    by_length = sorted(range(len(named)), key=lambda i: len(ids[i]))  # so that little is padded
+    for start in range(0, len(by_length), batch):
+        indices = by_length[start : start + batch]
+        for i, tokens in zip(indices, generator.generate([ids[i] for i in indices], [seed] * len(indices))):
             rows[i] = {
                 "prompt_file": named[i][0],
                 "prompt": named[i][1],
@@ -100,7 +110,7 @@ def _continue(generator, tokenizer, named, seed, batch, progress) -> list[dict]:
                 "prompt_tokens": len(ids[i]),
                 "ended": len(tokens) < generator.max_tokens,
             }
-        progress(start + len(some), len(alike))
+        progress(start + len(indices), len(by_length))
     return rows
 
 

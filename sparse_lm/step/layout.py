@@ -21,9 +21,9 @@ def checkpoint_names(stack: Stack, path: tuple) -> list[str] | str:
     join = lambda *keys: "/".join(str(key) for key in keys)
     for at, key in enumerate(keys):
         if key in ("prefix", "period"):
-            numbers, inside = stack.numbers(key, keys[at + 1]), keys[at + 2 :]
+            numbers, inside = stack.layer_numbers(key, keys[at + 1]), keys[at + 2 :]
         elif key == "routed":
-            numbers, inside = stack.routed, keys[at + 1 :]
+            numbers, inside = stack.routed_layers, keys[at + 1 :]
         else:
             continue
         names = [join(*keys[:at], f"layer_{number:03d}", *inside) for number in numbers]

@@ -13,7 +13,7 @@ from sparse_lm.kernels.linear import linear
 from sparse_lm.mesh import constrain
 from sparse_lm.models.context import Context
 from sparse_lm.models.counting import Part, Setting, elementwise, product
-from sparse_lm.parameter import matrix, weight
+from sparse_lm.parameter import gather_weight, init_matrix
 
 
 class LowRank(nnx.Module):
@@ -23,10 +23,10 @@ class LowRank(nnx.Module):
 
     def __init__(self, model: configs.Model, hidden: int, rngs: nnx.Rngs, *, rank: int = 4):
         d, scale = model.width, model.init_scale
-        self.into_thin = matrix(rngs, (d, rank), ("width", None), fan_in=d, scale=scale)
-        self.into = matrix(rngs, (rank, hidden), (None, "hidden"), fan_in=rank, scale=scale)
-        self.out_thin = matrix(rngs, (hidden, rank), ("hidden", None), fan_in=hidden, scale=scale)
-        self.out = matrix(rngs, (rank, d), (None, "width"), fan_in=rank, scale=scale)
+        self.into_thin = init_matrix(rngs, (d, rank), ("width", None), fan_in=d, scale=scale)
+        self.into = init_matrix(rngs, (rank, hidden), (None, "hidden"), fan_in=rank, scale=scale)
+        self.out_thin = init_matrix(rngs, (hidden, rank), ("hidden", None), fan_in=hidden, scale=scale)
+        self.out = init_matrix(rngs, (rank, d), (None, "width"), fan_in=rank, scale=scale)
         self.hidden = hidden
 
     def __call__(
@@ -37,7 +37,7 @@ class LowRank(nnx.Module):
         key: jax.Array | None = None,
         replay: Any = None,
     ) -> tuple[Float[Array, "B L D"], None]:
-        multiply = lambda x, parameter: linear(x, weight(parameter, x.dtype))
+        multiply = lambda x, parameter: linear(x, gather_weight(parameter, x.dtype))
         with jax.named_scope("feed_forward"):
             hidden = multiply(multiply(x, self.into_thin), self.into)
             hidden = jax.nn.gelu(constrain(hidden, "batch", None, "hidden"))

@@ -41,7 +41,7 @@ def make(algorithm="adamw", length=64, batch=4, **model):
 def test_every_product_of_the_traced_program_is_counted(model, remat):
     config = make(**model, remat=remat)
     counted = sum(
-        part.training for part in cost.flops(config.model, config.data.length).parts if part.name != "elementwise"
+        part.training for part in cost.count_flops(config.model, config.data.length).parts if part.name != "elementwise"
     )
     tokens = config.training.batch * config.data.length
     # The balance loss has a product of E multiply-adds per group, which is not counted.
@@ -74,21 +74,21 @@ def test_a_hand_counted_dense_model():
     model = make(vocabulary=10, width=4, layers=1, heads=2, kv_heads=1, ffn_width=6, expert_every=1).model
     projections = 2 * (4 * 4 + 2 * 4 * 2 + 4 * 4)
     scores = 2 * (2 * 2) * 8 / 2 * 2  # query·key and weight·value, over half of 8 keys
-    assert cost.flops(model, 8).forward == projections + scores + 2 * 2 * 4 * 6 + 2 * 4 * 10
-    assert cost.flops(model, 8).training == 3 * cost.flops(model, 8).forward
+    assert cost.count_flops(model, 8).forward == projections + scores + 2 * 2 * 4 * 6 + 2 * 4 * 10
+    assert cost.count_flops(model, 8).training == 3 * cost.count_flops(model, 8).forward
 
 
 def test_a_step_of_muon_has_its_newton_schulz_products():
     config = make("muon", vocabulary=10, width=4, layers=1, heads=1, kv_heads=1, ffn_width=6, expert_every=1)
     square, wide = 4 * 4**3 + 2 * 4**3, 4 * 4**2 * 6 + 2 * 4**3
-    per_parameter = 34 * cost.parameters(config.model).total
+    per_parameter = 34 * cost.count_parameters(config.model).total
     assert cost.optimizer_flops(config) == per_parameter + 5 * (4 * square + 2 * wide)
 
 
 def test_the_twins_differ_by_the_router_alone():
     config = make(experts=8, top_k=2, layers=4, router=configs.choice("topk"))
-    twin = cost.twin(config)
-    sparse, dense = (cost.flops(c.model, c.data.length) for c in (config, twin))
+    twin = cost.dense_twin(config)
+    sparse, dense = (cost.count_flops(c.model, c.data.length) for c in (config, twin))
     assert sparse.training - sparse.router == dense.training
     assert sparse.router == 3 * 2 * (2 * config.model.width * 8)
     assert dense.router == 0
@@ -97,7 +97,7 @@ def test_the_twins_differ_by_the_router_alone():
 def test_padding_is_executed_and_not_needed():
     config = make(**SPARSE, executor="gather")
     wide = dataclasses.replace(config.model, capacity_factor=2.5)
-    one, two = (cost.flops(model, 64) for model in (config.model, wide))
+    one, two = (cost.count_flops(model, 64) for model in (config.model, wide))
     assert one.training == two.training
     experts = lambda cost: sum(part.forward for part in cost.parts if part.name == "experts")
     assert experts(two) == 2 * experts(one)
@@ -105,4 +105,4 @@ def test_padding_is_executed_and_not_needed():
 
 def test_an_unknown_executor_is_named():
     with pytest.raises(UserError, match="'einsun'.*did you mean 'einsum'"):
-        cost.flops(make(**SPARSE, executor="einsun").model, 64)
+        cost.count_flops(make(**SPARSE, executor="einsun").model, 64)

@@ -5,7 +5,7 @@ import pytest
 
 from sparse_lm import config as configs
 from sparse_lm import cost
-from sparse_lm.cost.info import human, ranges
+from sparse_lm.cost.info import format_quantity, format_ranges
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
     ],
 )
 def test_human_shows_three_digits(value, unit, shown):
-    assert human(value, unit) == shown
+    assert format_quantity(value, unit) == shown
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_human_shows_three_digits(value, unit, shown):
     [([0], "0"), ([0, 1, 2], "0–2"), ([1, 3, 5, 7], "1, 3 … 7"), ([0, 1, 3, 5], "0–1, 3, 5"), ([1, 3], "1, 3")],
 )
 def test_ranges_are_short(numbers, shown):
-    assert ranges(numbers) == shown
+    assert format_ranges(numbers) == shown
 
 
 def test_a_trillion_parameters_are_arithmetic():

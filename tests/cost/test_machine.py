@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparse_lm.cost.machine import MACHINES, machine
+from sparse_lm.cost.machine import MACHINES, find_machine
 
 
 @pytest.mark.parametrize(
@@ -23,12 +23,12 @@ from sparse_lm.cost.machine import MACHINES, machine
     ],
 )
 def test_kinds_of_devices_are_known(kind, name):
-    assert machine(kind).name == name
+    assert find_machine(kind).name == name
 
 
 @pytest.mark.parametrize("kind", ["cpu", "TPU v4 lite", "TPU v7x", "Tesla T4"])
 def test_other_kinds_are_not(kind):
-    assert machine(kind) is None
+    assert find_machine(kind) is None
 
 
 def test_tensor_cores_times_their_clock():
@@ -39,13 +39,13 @@ def test_tensor_cores_times_their_clock():
         ("H100", 4096, 132, 1.83e9),
         ("H200", 4096, 132, 1.83e9),
     ]:
-        assert machine(name).bfloat16 == pytest.approx(per_clock * processors * clock, rel=0.01)
-        assert machine(name).float32 == pytest.approx(machine(name).bfloat16 / 2, rel=0.01)
+        assert find_machine(name).bfloat16 == pytest.approx(per_clock * processors * clock, rel=0.01)
+        assert find_machine(name).float32 == pytest.approx(find_machine(name).bfloat16 / 2, rel=0.01)
 
 
 def test_memory_and_products_have_the_right_size():
     """Between 100 and 600 bfloat16 FLOPs per byte, as all accelerators of these years."""
     for known in MACHINES.values():
-        assert 100 < known.bfloat16 / known.memory < 600
+        assert 100 < known.bfloat16 / known.bandwidth < 600
         assert known.source.startswith("https://")
-        assert known.products("bfloat16") == known.bfloat16 and known.products("float32") == known.float32
+        assert known.peak_flops("bfloat16") == known.bfloat16 and known.peak_flops("float32") == known.float32

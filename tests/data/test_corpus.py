@@ -54,7 +54,7 @@ def texts_of(corpus, batches, batch):
 def stored_in_order(corpus, kind, source=0):
     """All rows of a kind as they were packed."""
     (part,) = [i for i, part in enumerate(corpus.parts) if (part["kind"], part["source"]) == (kind, source)]
-    rows = corpus._stored(part)
+    rows = corpus._open_part(part)
     return data.Batches(rows, 1, corpus.length, len(rows))
 
 
@@ -77,7 +77,7 @@ def test_the_splits_are_the_folders_documents_each_once(corpus, folder):
 
 
 def test_an_evaluation_has_every_row_of_its_split_once(corpus):
-    rows = rows_of(corpus.evaluation("validation", 4), 0, len(corpus.evaluation("validation", 4)), 4)
+    rows = rows_of(corpus.evaluation_batches("validation", 4), 0, len(corpus.evaluation_batches("validation", 4)), 4)
     (part,) = [part for part in corpus.parts if part["kind"] == "validation"]
     real = rows["segments"].any(1)
     assert real.sum() == part["rows"] and real[: part["rows"]].all()
@@ -87,7 +87,7 @@ def test_an_evaluation_has_every_row_of_its_split_once(corpus):
 
 
 def test_first_rows_of_an_evaluation(corpus):
-    some, every = corpus.evaluation("train", 4, 10), corpus.evaluation("train", 5)
+    some, every = corpus.evaluation_batches("train", 4, 10), corpus.evaluation_batches("train", 5)
     assert len(some) == 3
     first, all_rows = rows_of(some, 0, 3, 4), rows_of(every, 0, len(every), 5)
     for name in FIELDS:
@@ -97,11 +97,11 @@ def test_first_rows_of_an_evaluation(corpus):
 
 def test_an_unknown_split(corpus):
     with pytest.raises(UserError, match="no data split 'validaton'; did you mean 'validation'"):
-        corpus.evaluation("validaton", 4)
+        corpus.evaluation_batches("validaton", 4)
 
 
 def test_a_training_batch_is_a_function_of_seed_and_number(corpus):
-    one, again, other = corpus.train(0, 8), corpus.train(0, 8), corpus.train(1, 8)
+    one, again, other = corpus.training_batches(0, 8), corpus.training_batches(0, 8), corpus.training_batches(1, 8)
     later = one.read(1000, 0, 8)
     for name, value in again.read(1000, 0, 8).items():
         np.testing.assert_array_equal(value, later[name])
@@ -112,29 +112,30 @@ def test_a_training_batch_is_a_function_of_seed_and_number(corpus):
 def test_the_order_is_the_same_for_any_number_of_readers(corpus, readers):
     share = 8 // readers
     for step in (0, 7):
-        parts = [corpus.train(3, 8).read(step, r * share, (r + 1) * share) for r in range(readers)]
-        for name, value in corpus.train(3, 8).read(step, 0, 8).items():
+        parts = [corpus.training_batches(3, 8).read(step, r * share, (r + 1) * share) for r in range(readers)]
+        for name, value in corpus.training_batches(3, 8).read(step, 0, 8).items():
             np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), value)
 
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own(corpus):
-    n = len(corpus.evaluation("train", 1))
-    rows = keys_of_rows(rows_of(corpus.train(0, 1), 0, 2 * n, 1))
+    n = len(corpus.evaluation_batches("train", 1))
+    rows = keys_of_rows(rows_of(corpus.training_batches(0, 1), 0, 2 * n, 1))
     first, second = rows[:n], rows[n:]
-    assert Counter(first) == Counter(second) == Counter(keys_of_rows(rows_of(corpus.evaluation("train", 1), 0, n, 1)))
+    every = Counter(keys_of_rows(rows_of(corpus.evaluation_batches("train", 1), 0, n, 1)))
+    assert Counter(first) == Counter(second) == every
     assert first != second
 
 
 def test_without_a_limit_training_has_no_last_batch(corpus):
-    assert len(corpus.train(0, 8)) == sys.maxsize
+    assert len(corpus.training_batches(0, 8)) == sys.maxsize
 
 
 def test_a_limit_of_epochs_ends_training(cache, folder):
     limited = data.prepare(config(cache, f"folder:{folder}?max_epochs=2"))
-    n = len(limited.evaluation("train", 1))
-    assert len(limited.train(0, 8)) == 2 * n // 8
+    n = len(limited.evaluation_batches("train", 1))
+    assert len(limited.training_batches(0, 8)) == 2 * n // 8
     with pytest.raises(IndexError):
-        limited.train(0, 8).read(2 * n // 8, 0, 1)
+        limited.training_batches(0, 8).read(2 * n // 8, 0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def mixture(cache, folder, tmp_path_factory):
 def test_sources_are_mixed_by_weight(mixture):
     cache, sea, land = mixture
     corpus = data.prepare(config(cache, sea, land))
-    rows = rows_of(corpus.train(0, 8), 0, 50, 8)
+    rows = rows_of(corpus.training_batches(0, 8), 0, 50, 8)
     of_land = [row in stored_keys(corpus, "train", 1) for row in keys_of_rows(rows)]
     assert not stored_keys(corpus, "train", 0) & stored_keys(corpus, "train", 1)
     assert sum(of_land) == 100
@@ -158,7 +159,7 @@ def test_sources_are_mixed_by_weight(mixture):
 def test_a_limited_source_ends_a_mixture_before_any_row_comes_too_often(mixture, epochs):
     cache, sea, land = mixture
     corpus = data.prepare(config(cache, sea, f"{land}?max_epochs={epochs}"))
-    batches = corpus.train(0, 1)
+    batches = corpus.training_batches(0, 1)
     stored = stored_keys(corpus, "train", 1)
     assert abs(len(batches) - 4 * epochs * stored.total()) <= 4
     seen = Counter(row for row in keys_of_rows(rows_of(batches, 0, len(batches), 1)) if row in stored)
@@ -182,9 +183,11 @@ def test_weights_change_what_a_mixtures_validation_is(mixture):
 def test_validation_takes_turns_between_sources_and_has_each_apart(mixture):
     cache, sea, land = mixture
     corpus = data.prepare(config(cache, sea, land))
-    sizes = {name: len(corpus.evaluation(name, 1)) for name in ("validation", "validation_sea", "validation_land")}
+    sizes = {
+        name: len(corpus.evaluation_batches(name, 1)) for name in ("validation", "validation_sea", "validation_land")
+    }
     assert sizes["validation"] == sizes["validation_sea"] + sizes["validation_land"]
-    first = keys_of_rows(rows_of(corpus.evaluation("validation", 8), 0, 1, 8))
+    first = keys_of_rows(rows_of(corpus.evaluation_batches("validation", 8), 0, 1, 8))
     assert sum(row in stored_keys(corpus, "validation", 1) for row in first) == 2
 
 
@@ -195,7 +198,7 @@ def test_domains_have_validation_splits_and_the_held_out_one_is_never_trained_on
     assert corpus.split_names == (
         "train", "validation", "test", "heldout_domain", "validation_de_AT", "validation_law"
     )  # fmt: skip
-    n = {name: len(corpus.evaluation(name, 1)) for name in corpus.split_names}
+    n = {name: len(corpus.evaluation_batches(name, 1)) for name in corpus.split_names}
     assert n["validation"] == n["validation_de_AT"] + n["validation_law"]
     words = {
         name: "".join(texts_of(corpus, stored_in_order(corpus, name), 1))
@@ -206,7 +209,7 @@ def test_domains_have_validation_splits_and_the_held_out_one_is_never_trained_on
 
 
 def test_reopening_reads_no_text_again(cache, folder, corpus, monkeypatch):
-    monkeypatch.setattr("sparse_lm.data.corpus.survey", None)
+    monkeypatch.setattr("sparse_lm.data.corpus.survey_sources", None)
     again = data.prepare(config(cache, f"folder:{folder}"))
     assert (again.fingerprint, again.parts) == (corpus.fingerprint, corpus.parts)
     assert again.tokenizer.digest == corpus.tokenizer.digest
@@ -217,7 +220,7 @@ def test_another_length_has_the_same_tokenizer_and_another_fingerprint(cache, fo
     longer = data.prepare(config(cache, f"folder:{folder}", length=32))
     assert longer.tokenizer.digest == corpus.tokenizer.digest
     assert longer.fingerprint != corpus.fingerprint
-    assert longer.train(0, 2).read(0, 0, 2)["inputs"].shape == (2, 32)
+    assert longer.training_batches(0, 2).read(0, 0, 2)["inputs"].shape == (2, 32)
 
 
 def test_the_fingerprint_is_that_of_the_text_not_of_its_place_or_time(folder, corpus, tmp_path):
@@ -279,8 +282,8 @@ def test_text_that_changes_while_it_is_read(tmp_path, monkeypatch):
         real(*args)
         (folder / "new.txt").write_text("just now")
 
-    real = store.write
-    monkeypatch.setattr("sparse_lm.data.corpus.write", write)
+    real = store.write_rows
+    monkeypatch.setattr("sparse_lm.data.corpus.write_rows", write)
     with pytest.raises(UserError, match="sea was changed while it was read"):
         data.prepare(config(tmp_path / "cache", f"folder:{folder}"))
     assert not any("rows" in name for name in whole(tmp_path / "cache"))
@@ -307,11 +310,11 @@ def start(cache, folder, before=""):
 KILLED_AT_THE_END = """
 import os, signal
 from sparse_lm.data import corpus
-real = corpus.write
+real = corpus.write_rows
 def write(*args):
     real(*args)
     os.kill(os.getpid(), signal.SIGKILL)
-corpus.write = write
+corpus.write_rows = write
 """
 
 

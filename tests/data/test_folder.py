@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from sparse_lm.data.folder import PIECE, Folder
+from sparse_lm.data.folder import PIECE_BYTES, Folder
 from sparse_lm.errors import UserError
 
 
@@ -49,12 +49,12 @@ def test_a_long_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
     (tmp_path / "book.txt").write_text(text)
     pieces = [piece for piece, _, _ in read(tmp_path)]
     assert "".join(pieces) == text
-    assert max(len(piece.encode()) for piece in pieces) <= 3 * PIECE
+    assert max(len(piece.encode()) for piece in pieces) <= 3 * PIECE_BYTES
     assert sum(piece.endswith("\n\n") for piece in pieces) > 10
 
 
 def test_a_short_text_is_one_document(tmp_path):
-    text = "line\n\n" * (PIECE // 7)
+    text = "line\n\n" * (PIECE_BYTES // 7)
     (tmp_path / "a.txt").write_text(text)
     assert read(tmp_path) == [(text, "", "")]
 
@@ -71,11 +71,12 @@ def test_the_key_follows_content_names_and_options_but_not_the_place(tmp_path):
         for file, content in files.items():
             (folder / f"{file}.txt").write_text(content)
         os.utime(folder / f"{file}.txt", (1, 1))
-        return Folder(str(folder)).key()
+        return Folder(str(folder)).fingerprint()
 
     one = key("a", x="1", y="2")
     assert key("b", x="1", y="2") == one
-    assert len({one, key("c", x="1", y="3"), key("d", x="1", z="2"), Folder(str(tmp_path / "a"), field="f").key()}) == 4
+    other_field = Folder(str(tmp_path / "a"), field="f").fingerprint()
+    assert len({one, key("c", x="1", y="3"), key("d", x="1", z="2"), other_field}) == 4
 
 
 def jsonl(*lines):
@@ -90,8 +91,8 @@ GOOD = {"text": "fine"}
     [
         ("a.txt", b"good \n" * 4000 + b"bad \xff here", "a.txt: not UTF-8 at byte 24004 "),
         ("a.txt", "ü".encode()[:1], "a.txt: not UTF-8 at byte 0 "),
-        ("a.txt", b"x" * (PIECE - 1) + b"\xc3", f"a.txt: not UTF-8 at byte {PIECE - 1} "),
-        ("a.txt", b"x" * (PIECE - 1) + b"\xc3x", f"a.txt: not UTF-8 at byte {PIECE - 1} "),
+        ("a.txt", b"x" * (PIECE_BYTES - 1) + b"\xc3", f"a.txt: not UTF-8 at byte {PIECE_BYTES - 1} "),
+        ("a.txt", b"x" * (PIECE_BYTES - 1) + b"\xc3x", f"a.txt: not UTF-8 at byte {PIECE_BYTES - 1} "),
         ("a.md.gz", gzip.compress(b"ab\xff", mtime=0), "a.md.gz: not UTF-8 at byte 2 "),
         ("a.md.gz", gzip.compress(os.urandom(4000))[:2000], "a.md.gz"),
         ("a.txt.gz", gzip.compress(b"fine" * 100, mtime=0)[:-9], "a.txt.gz is not a whole gzip file"),
@@ -113,9 +114,9 @@ def test_bad_content_is_named_with_its_place(tmp_path, name, content, message):
 
 def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="nowhere does not exist"):
-        Folder(str(tmp_path / "nowhere")).key()
+        Folder(str(tmp_path / "nowhere")).fingerprint()
     with pytest.raises(UserError, match="no .txt, .md, .jsonl files in it"):
-        Folder(str(tmp_path)).key()
+        Folder(str(tmp_path)).fingerprint()
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match="a.txt is a file, not a folder"):
-        Folder(str(tmp_path / "a.txt")).key()
+        Folder(str(tmp_path / "a.txt")).fingerprint()

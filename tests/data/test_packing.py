@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_lm.data.packing import Packer, unpack
+from sparse_lm.data.packing import Packer, unpack_rows
 
 END = 5
 BYTE_LENGTHS = np.array([1, 1, 2, 3, 1, 0], np.int32)
@@ -31,7 +31,7 @@ def packed(documents, length, chunk):
         rows += packer.add(some, [int(BYTE_LENGTHS[d].sum()) for d in some])
     rows += packer.finish()
     stacked = {name: np.stack([row[name] for row in rows]) for name in ("tokens", "segments", "bytes")}
-    return unpack(stacked["tokens"], stacked["segments"]) | {"bytes": stacked["bytes"]}
+    return unpack_rows(stacked["tokens"], stacked["segments"]) | {"bytes": stacked["bytes"]}
 
 
 @settings(deadline=None, max_examples=60)

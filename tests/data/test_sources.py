@@ -1,14 +1,14 @@
 import pytest
 
 from sparse_lm.data.folder import Folder
-from sparse_lm.data.sources import parse
+from sparse_lm.data.sources import parse_sources
 from sparse_lm.data.standard_library import StandardLibrary
 from sparse_lm.data.tfds_set import TfdsSet
 from sparse_lm.errors import UserError
 
 
 def test_options_are_read_from_the_query():
-    folder, tfds, stdlib = parse(
+    folder, tfds, stdlib = parse_sources(
         (
             "folder:gs://b/my text?weight=0.5&field=body&heldout=de",
             "tfds:c4/en?max_epochs=4&data_dir=%2Fd%26e",
@@ -23,7 +23,7 @@ def test_options_are_read_from_the_query():
 
 
 def test_sources_of_one_name_are_told_apart():
-    assert [source.name for source in parse(("folder:a/x", "folder:b/x", "folder:c/x"))] == ["x", "x_2", "x_3"]
+    assert [source.name for source in parse_sources(("folder:a/x", "folder:b/x", "folder:c/x"))] == ["x", "x_2", "x_3"]
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,10 @@ def test_sources_of_one_name_are_told_apart():
 )
 def test_a_source_that_is_none_is_one_line(spec, message):
     with pytest.raises(UserError, match=message) as error:
-        parse((spec,))
+        parse_sources((spec,))
     assert repr(spec) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_no_source_at_all():
     with pytest.raises(UserError, match="data.sources is empty"):
-        parse(())
+        parse_sources(())

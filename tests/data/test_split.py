@@ -5,7 +5,7 @@ import pytest
 from sparse_lm.data import split
 from sparse_lm.data.documents import Document
 from sparse_lm.data.sources import Source
-from sparse_lm.data.split import survey
+from sparse_lm.data.split import survey_sources
 from sparse_lm.errors import UserError
 
 
@@ -23,13 +23,13 @@ def placed(*sources, weights=None):
     """For each source its (text, kind, domain), None for what is left out; and the survey."""
     weights = weights or [1.0] * len(sources)
     made = [Source(f"s{i}", Texts(d), w) for i, (d, w) in enumerate(zip(sources, weights, strict=True))]
-    found = survey(made, progress=False)
+    found = survey_sources(made, progress=False)
     places = [
         [
             (document.text, found.parts[part].kind, found.parts[part].domain) if part >= 0 else None
             for document, part in zip(source.reader.documents(), assigned, strict=True)
         ]
-        for source, assigned in zip(made, found.assigned, strict=True)
+        for source, assigned in zip(made, found.part_of_document, strict=True)
     ]
     return places, found
 
@@ -66,7 +66,7 @@ def test_copies_across_sources():
     _, found = placed(
         [f"text {i}" for i in range(40)], [("text 7", "heldout_domain"), *(f"more {i}" for i in range(40))]
     )
-    assert found.assigned[0][7] == -1
+    assert found.part_of_document[0][7] == -1
 
 
 def test_domains_are_kept_apart_in_validation_alone():
@@ -91,7 +91,7 @@ def test_splits_that_a_source_has_are_kept():
 
 
 def test_the_sample_is_training_text_shared_by_weight_whatever_the_order(monkeypatch):
-    monkeypatch.setattr(split, "SAMPLE", 4000)
+    monkeypatch.setattr(split, "SAMPLE_BYTES", 4000)
     first, second = [f"first {i:04}" for i in range(3000)], [f"second {i:04}" for i in range(3000)]
     places, found = placed(first, second, weights=[3.0, 1.0])
     sizes = Counter()
@@ -105,11 +105,11 @@ def test_the_sample_is_training_text_shared_by_weight_whatever_the_order(monkeyp
 
 
 def test_the_sample_of_a_long_stream_is_that_of_least_hash(monkeypatch):
-    monkeypatch.setattr(split, "SAMPLE", 400_000)
+    monkeypatch.setattr(split, "SAMPLE_BYTES", 400_000)
     texts = [f"{i:06}" * 100 for i in range(6000)]
     _, found = placed(texts)
     hashes = {t: int.from_bytes(split.hashlib.blake2b(t.encode(), digest_size=8).digest(), "little") for t in texts}
-    training = sorted((h, t) for t, h in hashes.items() if split._drawn(h) == "train")
+    training = sorted((h, t) for t, h in hashes.items() if split._draw_split(h) == "train")
     assert found.sample == [t for _, t in training[: len(found.sample)]]
     assert 400_000 <= sum(map(len, found.sample)) <= 401_000
 

@@ -47,12 +47,12 @@ def test_without_topics_a_package_is_held_out(tmp_path):
 
 def test_the_key_changes_with_the_text(tmp_path):
     reader = library(tmp_path, a=b"a = 1")
-    before = reader.key()
-    assert reader.key() == before
+    before = reader.fingerprint()
+    assert reader.fingerprint() == before
     (tmp_path / "a.py").write_text("a = 2")
-    assert reader.key() != before
+    assert reader.fingerprint() != before
 
 
 def test_a_python_without_its_source_text(tmp_path):
     with pytest.raises(UserError, match="no source text of its standard library"):
-        StandardLibrary(tmp_path).key()
+        StandardLibrary(tmp_path).fingerprint()

@@ -57,9 +57,9 @@ def test_another_feature_and_a_version(data_dir):
 
 
 def test_the_key_depends_on_set_and_feature(data_dir):
-    keys = [TfdsSet(f"tiny_stories/{name}", data_dir=data_dir).key() for name in ("all", "all", "train_only")]
+    keys = [TfdsSet(f"tiny_stories/{name}", data_dir=data_dir).fingerprint() for name in ("all", "all", "train_only")]
     assert keys[0] == keys[1] != keys[2]
-    assert TfdsSet("tiny_stories/all", field="title", data_dir=data_dir).key() != keys[0]
+    assert TfdsSet("tiny_stories/all", field="title", data_dir=data_dir).fingerprint() != keys[0]
 
 
 def message(path, data_dir, **options):

@@ -12,13 +12,13 @@ import pytest
 from sparse_lm.errors import UserError
 from sparse_lm.kernels import block_sparse_tpu
 from sparse_lm.kernels.block_sparse import (
-    LOOPS,
+    MAX_LOOPS,
     block_sparse_matmul,
     gathered_gradients,
     gathered_matmul,
-    reference,
+    reference_matmul,
 )
-from sparse_lm.layouts import Layout, from_mask
+from sparse_lm.layouts import Layout, layout_from_mask
 
 BLOCK = 8
 
@@ -48,7 +48,7 @@ MASKS = {
 def drawn(layout: Layout, tokens: int, dtype: str) -> list[jax.Array]:
     """Random x, blocks and gradient of the result."""
     b = layout.block
-    shapes = ((tokens, layout.width_in), (layout.count, b, b), (tokens, layout.width_out))
+    shapes = ((tokens, layout.width_in), (layout.num_blocks, b, b), (tokens, layout.width_out))
     return [jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate(shapes)]
 
 
@@ -78,7 +78,7 @@ def by_pallas(layout, x, blocks, gradient):
 
 WAYS = {
     "matmul": functools.partial(by_vjp, block_sparse_matmul),
-    "reference": functools.partial(by_vjp, reference),
+    "reference": functools.partial(by_vjp, reference_matmul),
     "pallas": by_pallas,
 }
 
@@ -94,7 +94,7 @@ def agree(found, expected, dtype: str) -> None:
 @pytest.mark.parametrize("mask, dtype", [*((mask, "float32") for mask in MASKS), ("holes", "bfloat16")])
 @pytest.mark.parametrize("way", WAYS)
 def test_result_and_gradients(way, mask, dtype):
-    layout = from_mask(MASKS[mask], BLOCK)
+    layout = layout_from_mask(MASKS[mask], BLOCK)
     arrays = drawn(layout, 37, dtype)
     agree(WAYS[way](layout, *arrays), looped(layout, *arrays), dtype)
 
@@ -103,15 +103,15 @@ def test_result_and_gradients(way, mask, dtype):
 def test_pallas_over_tiles_of_tokens(tokens, monkeypatch):
     """The last tile is partly past the end, where interpretation puts NaN."""
     monkeypatch.setattr(block_sparse_tpu, "TILE_TOKENS", 16)
-    layout = from_mask(MASKS["triangle"], BLOCK)
+    layout = layout_from_mask(MASKS["triangle"], BLOCK)
     arrays = drawn(layout, tokens, "float32")
     agree(by_pallas.__wrapped__(layout, *arrays), looped(layout, *arrays), "float32")
 
 
 def test_few_loops_however_many_counts():
-    """As many as there are counts of blocks up to LOOPS; above, lines are padded."""
-    for mask, loops in (("all blocks", 1), ("diagonal", 1), ("triangle", LOOPS)):
-        layout = from_mask(MASKS[mask], BLOCK)
+    """As many as there are counts of blocks up to MAX_LOOPS; above, lines are padded."""
+    for mask, loops in (("all blocks", 1), ("diagonal", 1), ("triangle", MAX_LOOPS)):
+        layout = layout_from_mask(MASKS[mask], BLOCK)
         x, blocks, gradient = drawn(layout, 4, "float32")
         scans = lambda function, *a: str(jax.make_jaxpr(functools.partial(function, layout=layout))(*a)).count("scan[")
         assert (scans(gathered_matmul, x, blocks), scans(gathered_gradients, x, blocks, gradient)) == (loops, loops)
@@ -119,7 +119,7 @@ def test_few_loops_however_many_counts():
 
 def test_leading_axes_and_a_wider_parameter():
     """x may have any axes before the last; blocks are cast to its dtype, and their gradient comes back in their own."""
-    layout = from_mask(MASKS["holes"], BLOCK)
+    layout = layout_from_mask(MASKS["holes"], BLOCK)
     x, blocks, gradient = drawn(layout, 12, "float32")
     lead = lambda a: a.reshape(2, 2, 3, -1).astype("bfloat16")
     y, dx, d_blocks = by_vjp(block_sparse_matmul, layout, lead(x), blocks, lead(gradient))
@@ -129,7 +129,7 @@ def test_leading_axes_and_a_wider_parameter():
 
 
 def test_a_shape_that_is_not_the_layouts_is_refused():
-    layout = from_mask(MASKS["diagonal"], BLOCK)
+    layout = layout_from_mask(MASKS["diagonal"], BLOCK)
     x, blocks, _ = drawn(layout, 3, "float32")
     with pytest.raises(ValueError, match="the layout has"):
         block_sparse_matmul(x[:, 1:], blocks, layout)
@@ -143,19 +143,19 @@ def pallas_calls(jaxpr) -> list:
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_grids_visit_exactly_the_blocks_that_exist(mask):
-    layout = from_mask(MASKS[mask], BLOCK)
+    layout = layout_from_mask(MASKS[mask], BLOCK)
     x, blocks, gradient = drawn(layout, 37, "float32")
     for function, arrays in (
         (block_sparse_tpu.matmul, (x, blocks)),
         (functools.partial(block_sparse_tpu.matmul, transposed=True), (gradient, blocks)),
-        (block_sparse_tpu.blocks_gradient, (x, gradient)),
+        (block_sparse_tpu.block_gradients, (x, gradient)),
     ):
         (call,) = pallas_calls(jax.make_jaxpr(functools.partial(function, layout=layout))(*arrays).jaxpr)
-        assert np.prod(call.params["grid_mapping"].grid) == layout.count == MASKS[mask].sum()
+        assert np.prod(call.params["grid_mapping"].grid) == layout.num_blocks == MASKS[mask].sum()
 
 
 def test_the_platform_decides_while_lowering():
-    layout = from_mask(np.eye(2, dtype=bool), 128)
+    layout = layout_from_mask(np.eye(2, dtype=bool), 128)
     x, blocks, gradient = drawn(layout, 16, "bfloat16")
     traced = by_vjp.trace(block_sparse_matmul, layout, x, blocks, gradient)
     kernels = {p: traced.lower(lowering_platforms=(p,)).as_text().count("@tpu_custom_call") for p in ("cpu", "tpu")}
@@ -174,14 +174,14 @@ def test_a_tpu_needs_blocks_of_whole_registers():
 ON_A_MESH = """
 import jax, numpy as np
 from sparse_lm import config as configs
-from sparse_lm.kernels.block_sparse import block_sparse_matmul, reference
-from sparse_lm.layouts import from_mask
+from sparse_lm.kernels.block_sparse import block_sparse_matmul, reference_matmul
+from sparse_lm.layouts import layout_from_mask
 from sparse_lm.mesh import make_mesh, sharding
 from sparse_lm.step.build import build
 from tests import tiny
 from tests.kernels.test_block_sparse import BLOCK, by_vjp, drawn, holes
 
-layout = from_mask(holes(), BLOCK)
+layout = layout_from_mask(holes(), BLOCK)
 x, blocks, gradient = drawn(layout, 24, "float32")
 rows = lambda a: a.reshape(8, 3, -1)
 mesh = make_mesh(configs.Mesh(data=2, fsdp=2, tensor=2))
@@ -190,7 +190,7 @@ with jax.set_mesh(mesh):
     divided = [jax.device_put(a, s) for a, s in ((rows(x), batch), (blocks, sharding(mesh)), (rows(gradient), batch))]
     program = by_vjp.lower(block_sparse_matmul, layout, *divided).compile()
     found = program(*divided)
-expected = by_vjp(reference, layout, rows(x), blocks, rows(gradient))
+expected = by_vjp(reference_matmul, layout, rows(x), blocks, rows(gradient))
 for actual, wanted in zip(found, expected):
     np.testing.assert_allclose(actual, wanted, atol=1e-5 * np.abs(wanted).max())
 assert found[0].sharding.is_equivalent_to(batch, 3) and found[1].sharding.is_equivalent_to(batch, 3)

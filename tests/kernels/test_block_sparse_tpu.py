@@ -8,7 +8,7 @@ import sys, jax, jax.numpy as jnp
 from jax.experimental import topologies
 from sparse_lm.config import choice
 from sparse_lm.kernels.block_sparse import block_sparse_matmul
-from sparse_lm.layouts import layout
+from sparse_lm.layouts import build_layout
 
 def both(made, x, blocks, gradient):
     y, backward = jax.vjp(lambda x, blocks: block_sparse_matmul(x, blocks, made), x, blocks)
@@ -19,8 +19,8 @@ for target in sys.argv[1:]:
     sharding = jax.sharding.SingleDeviceSharding(device)
     for dtype in ("bfloat16", "float32"):
         for block, tokens, widths in ((128, 1000, (1024, 4096)), (256, 8192, (4096, 1024)), (128, 4096, (32768, 1024))):
-            made = layout(choice("small_world", density=1 / 4, block=block), *widths, "layout")
-            shapes = ((tokens, widths[0]), (made.count, block, block), (tokens, widths[1]))
+            made = build_layout(choice("small_world", density=1 / 4, block=block), *widths, "layout")
+            shapes = ((tokens, widths[0]), (made.num_blocks, block, block), (tokens, widths[1]))
             arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape in shapes]
             text = jax.jit(both, static_argnums=0).lower(made, *arrays).compile().as_text()
             print(target, dtype, block, text.count('custom_call_target="tpu_custom_call"'))

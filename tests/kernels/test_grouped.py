@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_lm.kernels import alignment, grouped, grouped_cpu, grouped_matmul, grouped_outer, grouped_tpu
+from sparse_lm.kernels import choose_alignment, grouped, grouped_cpu, grouped_matmul, grouped_outer, grouped_tpu
 
 ROOT = pathlib.Path(__file__).parents[2]
 TARGETS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
@@ -82,7 +82,7 @@ def test_the_ways_of_other_platforms_agree_with_a_loop(matmul, outer, sizes, dty
 
 def test_tpu_tiles_that_do_not_divide_the_shapes():
     x, weights, g, sizes = arrays(300, [130, 0, 90], 1100, 1030)
-    assert grouped_tpu._tiles(300, 3, 1100, 1030, jnp.float32) == (128, 512, 1024)
+    assert grouped_tpu._choose_tiles(300, 3, 1100, 1030, jnp.float32) == (128, 512, 1024)
     found = (
         matmul_tpu(x, weights, sizes, transposed=False),
         matmul_tpu(g, weights, sizes, transposed=True),
@@ -111,7 +111,7 @@ def test_an_expert_with_more_rows_than_the_longest_chunk():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_reference_agrees_with_a_loop(dtype):
     x, weights, g, sizes = arrays(71, SIZES["uneven, some empty"], 13, 9, dtype)
-    y, backward = jax.vjp(lambda x, weights: grouped.reference(x, weights, sizes), x, weights)
+    y, backward = jax.vjp(lambda x, weights: grouped.reference_matmul(x, weights, sizes), x, weights)
     agree((y, *backward(jnp.nan_to_num(g))), loop(x, weights, g, sizes), dtype)
 
 
@@ -187,8 +187,8 @@ def test_the_platform_is_chosen_when_lowering():
 
 
 def test_the_alignment_adds_little():
-    assert alignment("tpu", 4096, 64) == alignment("gpu", 4096, 64) == 1
-    assert [alignment("cpu", 4096, experts) for experts in (1, 8, 16, 32, 64, 4096)] == [64, 64, 32, 16, 8, 8]
+    assert choose_alignment("tpu", 4096, 64) == choose_alignment("gpu", 4096, 64) == 1
+    assert [choose_alignment("cpu", 4096, experts) for experts in (1, 8, 16, 32, 64, 4096)] == [64, 64, 32, 16, 8, 8]
 
 
 def test_rows_that_are_not_aligned_are_refused():

@@ -8,7 +8,7 @@ import pytest
 
 from sparse_lm.config import choice
 from sparse_lm.errors import UserError
-from sparse_lm.layouts import LAYOUTS, from_mask, layout
+from sparse_lm.layouts import LAYOUTS, build_layout, layout_from_mask
 
 SHAPES = ((16, 16), (8, 32), (32, 8), (12, 40), (7, 5), (1, 6))
 DENSITIES = (0.2, 0.25, 1 / 3, 0.5, 1.0)
@@ -22,19 +22,21 @@ CASES = [
 
 
 def made(name, rows, columns, density, block=4, **options):
-    return layout(choice(name, density=density, block=block, **options), rows * block, columns * block, "model.layout")
+    return build_layout(
+        choice(name, density=density, block=block, **options), rows * block, columns * block, "model.layout"
+    )
 
 
 @pytest.mark.parametrize("name, rows, columns, density", CASES)
 def test_exactly_as_many_blocks_as_the_density_says_spread_over_all_rows_and_columns(name, rows, columns, density):
     found = made(name, rows, columns, density)
     pairs = list(zip(found.rows, found.columns))
-    assert len(set(pairs)) == len(pairs) == found.count == round(density * rows * columns)
+    assert len(set(pairs)) == len(pairs) == found.num_blocks == round(density * rows * columns)
     assert pairs == sorted(pairs)
     assert set(found.rows) == set(range(rows)) and set(found.columns) == set(range(columns))
     per_column = [found.columns.count(column) for column in range(columns)]
     assert max(per_column) - min(per_column) <= 1
-    assert from_mask(found.mask, found.block) == found
+    assert layout_from_mask(found.mask, found.block) == found
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -127,7 +129,7 @@ def test_scale_free_rows_have_a_heavy_tail():
 )
 def test_mistakes_are_one_line(name, options, message):
     with pytest.raises(UserError, match=message) as error:
-        layout(choice(name, **options), 256, 384, "model.layout")
+        build_layout(choice(name, **options), 256, 384, "model.layout")
     assert "\n" not in str(error.value) and str(error.value).startswith("model.layout")
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from sparse_lm import config as configs
 from sparse_lm import cost
 from sparse_lm.errors import UserError
-from sparse_lm.layouts import layout
+from sparse_lm.layouts import build_layout
 from sparse_lm.mesh import make_mesh
 from sparse_lm.models import functional
 from sparse_lm.models.block_sparse import BlockSparse
@@ -36,7 +36,7 @@ def test_the_layer_is_the_dense_one_with_zeros(activation):
     dense = FeedForward(model, 64, nnx.Rngs(params=0))
     for name in ("into", "gate", "out"):
         if (parameter := getattr(sparse, name)) is not None:
-            of = layout(LAYOUT, *((64, 16) if name == "out" else (16, 64)), "model.layout")
+            of = build_layout(LAYOUT, *((64, 16) if name == "out" else (16, 64)), "model.layout")
             getattr(dense, name)[...] = jnp.asarray(whole(parameter[...], of), jnp.float32)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 16)), jnp.float32)
     tiny.close(sparse(x)[0], np.asarray(dense(x)[0]))
@@ -51,13 +51,13 @@ def test_a_unit_starts_with_the_variance_of_a_dense_one():
 
 def test_it_trains_beside_a_twin_of_equal_flops():
     config = tiny.config(**FIELDS)
-    twin = cost.twin(config)
+    twin = cost.dense_twin(config)
     assert (twin.model.layout.name, twin.model.expert_width) == ("dense", 16)
-    sparse, dense = (cost.flops(c.model, c.data.length).training for c in (config, twin))
+    sparse, dense = (cost.count_flops(c.model, c.data.length).training for c in (config, twin))
     assert sparse == dense
-    assert cost.parameters(config.model).total == cost.parameters(twin.model).total
+    assert cost.count_parameters(config.model).total == cost.count_parameters(twin.model).total
     leaves = jax.tree.leaves(jax.eval_shape(functional(config.model).init, jax.random.key(0)))
-    assert cost.parameters(config.model).total == sum(leaf.size for leaf in leaves)
+    assert cost.count_parameters(config.model).total == sum(leaf.size for leaf in leaves)
     program = tiny.built(**FIELDS)
     state, batch = program.init(), tiny.batch(program.config)
     losses = []
@@ -71,7 +71,7 @@ def test_it_trains_beside_a_twin_of_equal_flops():
 def test_optimizer_memory_shrinks_with_the_density(algorithm):
     fields = {"model__width": 512, "model__expert_width": 1024, "optimizer__algorithm": configs.choice(algorithm)}
     half, quarter = (
-        cost.memory(tiny.config(**fields, model__layout=configs.choice("random", density=d, block=128)))
+        cost.compute_memory(tiny.config(**fields, model__layout=configs.choice("random", density=d, block=128)))
         for d in (0.5, 0.25)
     )
     assert quarter.optimizer < half.optimizer and quarter.parameters < half.parameters
@@ -96,7 +96,10 @@ def test_fsdp_divides_what_is_stored_of_each_block():
     made = build(config, make_mesh(configs.Mesh(data=2, fsdp=4), jax.devices()[:1] * 8))
     into = made.abstract_state.parameters["period"][1]["feed_forward"]["into"]
     assert into.shape[-3:] == (32, 4, 4) and into.sharding.shard_shape(into.shape)[-3:] == (32, 1, 4)
-    whole, local = cost.memory(config).optimizer, cost.memory(config, configs.Mesh(data=2, fsdp=4)).optimizer
+    whole, local = (
+        cost.compute_memory(config).optimizer,
+        cost.compute_memory(config, configs.Mesh(data=2, fsdp=4)).optimizer,
+    )
     assert local < 0.4 * whole
     with pytest.raises(UserError, match="model.layout.options.block is 4, which mesh.fsdp=8 does not divide"):
         build(config, make_mesh(configs.Mesh(data=1, fsdp=8), jax.devices()[:1] * 8))

@@ -107,13 +107,13 @@ def test_generation_with_a_cache_is_the_pass_without_one():
 
 def test_the_twin_has_the_layers_that_every_token_passes_at_equal_flops():
     config = tiny.config(**DEPTH, model__layers=4)
-    twin = cost.twin(config)
+    twin = cost.dense_twin(config)
     assert (twin.model.experts, twin.model.layers) == (0, 2)
-    sparse, dense = (cost.flops(c.model, LENGTH) for c in (config, twin))
+    sparse, dense = (cost.count_flops(c.model, LENGTH) for c in (config, twin))
     one_unit = 2 * 3 * 2 * 2 * config.model.width  # of hidden width, in both layers
     assert abs(sparse.training - sparse.router - dense.training) <= one_unit / 2
     leaves = jax.tree.leaves(jax.eval_shape(functional(config.model).init, jax.random.key(0)))
-    assert cost.parameters(config.model).total == sum(leaf.size for leaf in leaves)
+    assert cost.count_parameters(config.model).total == sum(leaf.size for leaf in leaves)
 
 
 @pytest.mark.parametrize(
@@ -134,4 +134,4 @@ def test_what_does_not_fit_is_refused(fields, words):
 
 def test_a_twin_needs_layers_that_every_token_passes():
     with pytest.raises(UserError, match="model.expert_every is 1"):
-        cost.twin(tiny.config(**DEPTH, model__expert_every=1))
+        cost.dense_twin(tiny.config(**DEPTH, model__expert_every=1))

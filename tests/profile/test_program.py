@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sparse_lm.profile.program import Place, parse, place_of, read
+from sparse_lm.profile.program import Scope, parse_computations, parse_scope, read_program
 
 # A loop of 3 rounds that slices a stack of matrices; a fusion with a product of the experts in the backward pass whose
 # last instruction is the optimizer's; a copy that the compiler put in before a product of attention.
@@ -51,36 +51,36 @@ MATRIX = 4 * 8 * 8
 
 
 def test_an_instruction_belongs_to_the_innermost_part_it_mentions():
-    assert place_of("jit(step)/jvp(feed_forward)/router/dot_general") == Place("router", False)
-    assert place_of("jit(f)/transpose(jvp(while))/body/attention/transpose") == Place("attention", True)
-    assert place_of("jit(step)/jvp()/closed_call/experts/transpose") == Place("experts", False)
-    assert place_of("jit(step)/jvp()/add") == Place("rest", False)
-    assert place_of("router_bias") is None
+    assert parse_scope("jit(step)/jvp(feed_forward)/router/dot_general") == Scope("router", False)
+    assert parse_scope("jit(f)/transpose(jvp(while))/body/attention/transpose") == Scope("attention", True)
+    assert parse_scope("jit(step)/jvp()/closed_call/experts/transpose") == Scope("experts", False)
+    assert parse_scope("jit(step)/jvp()/add") == Scope("rest", False)
+    assert parse_scope("router_bias") is None
 
 
 def test_places_of_a_text_made_by_hand():
-    places = read(TEXT).places
-    assert places["fusion.1"] == Place("experts", True)  # most of its work, though it ends in the optimizer
-    assert places["slice_fusion"] == Place("router", False)
-    assert places["dot.2"] == Place("attention", False)
-    assert places["copy.1"] == Place("attention", False)  # who uses it first
-    assert places["add.1"] == Place("rest", False)
+    places = read_program(TEXT).scopes
+    assert places["fusion.1"] == Scope("experts", True)  # most of its work, though it ends in the optimizer
+    assert places["slice_fusion"] == Scope("router", False)
+    assert places["dot.2"] == Scope("attention", False)
+    assert places["copy.1"] == Scope("attention", False)  # who uses it first
+    assert places["add.1"] == Scope("rest", False)
 
 
 def test_bytes_of_a_text_made_by_hand():
     index = 4
-    assert read(TEXT).bytes == {
-        Place("attention", False): 2 * MATRIX + (2 * MATRIX + MATRIX / 2),  # the copy; the product, to bfloat16
-        Place("experts", True): 3 * MATRIX,
-        Place("router", False): 3 * (2 * MATRIX + index),  # in 3 rounds a slice is read and written
-        Place("rest", False): 3 * MATRIX,
+    assert read_program(TEXT).bytes == {
+        Scope("attention", False): 2 * MATRIX + (2 * MATRIX + MATRIX / 2),  # the copy; the product, to bfloat16
+        Scope("experts", True): 3 * MATRIX,
+        Scope("router", False): 3 * (2 * MATRIX + index),  # in 3 rounds a slice is read and written
+        Scope("rest", False): 3 * MATRIX,
     }
 
 
 def test_a_loop_is_read_with_its_rounds():
-    computations, entry = parse(TEXT)
+    computations, entry = parse_computations(TEXT)
     assert entry is computations["main"]
-    assert entry.instructions["while.1"].trips == 3
+    assert entry.instructions["while.1"].trip_count == 3
     assert entry.instructions["while.1"].called == (computations["condition"], computations["body"])
 
 
@@ -95,7 +95,7 @@ def test_bytes_agree_with_those_that_xla_counts():
 
     shapes = [(64, 128), (128, 256), (256, 32)]
     compiled = jax.jit(jax.grad(step, (0, 1, 2))).lower(*(jax.ShapeDtypeStruct(s, "float32") for s in shapes)).compile()
-    counted = read(compiled.as_text()).bytes
+    counted = read_program(compiled.as_text()).bytes
     assert sum(counted.values()) == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.02)
     assert {place.part for place in counted} <= {"attention", "output", "rest"}
-    assert counted[Place("attention", True)] > counted[Place("attention", False)] > 0
+    assert counted[Scope("attention", True)] > counted[Scope("attention", False)] > 0

@@ -4,22 +4,22 @@ import random
 
 import pytest
 
-from sparse_lm.profile.timeline import Handed, Span, shares
+from sparse_lm.profile.timeline import Handover, Span, attribute_time
 
 
 def test_of_nested_spans_the_inner_one_counts():
     spans = [Span("a", 0, 100, "while"), Span("a", 10, 30, "dot"), Span("a", 12, 20, "copy"), Span("a", 40, 60, "dot")]
-    assert shares(spans) == {"while": 60, "dot": 32, "copy": 8}
+    assert attribute_time(spans) == {"while": 60, "dot": 32, "copy": 8}
 
 
 def test_spans_that_begin_or_end_together_nest():
     spans = [Span("a", 0, 10, "inner"), Span("a", 0, 20, "outer"), Span("a", 15, 20, "last"), Span("a", 20, 25, "next")]
-    assert shares(spans) == {"inner": 10, "outer": 5, "last": 5, "next": 5}
+    assert attribute_time(spans) == {"inner": 10, "outer": 5, "last": 5, "next": 5}
 
 
 def test_threads_at_once_share_the_clock():
     spans = [Span("a", 0, 10, "dot"), Span("b", 5, 15, "copy"), Span("b", 20, 30, "dot")]
-    assert shares(spans) == {"dot": 5 + 2.5 + 10, "copy": 2.5 + 5}
+    assert attribute_time(spans) == {"dot": 5 + 2.5 + 10, "copy": 2.5 + 5}
 
 
 def test_a_piece_counts_as_what_it_was_handed_over_from():
@@ -30,12 +30,14 @@ def test_a_piece_counts_as_what_it_was_handed_over_from():
         Span("c", 10, 14, None, 8),  # handed on by b, while it worked at the piece
         Span("d", 0, 50, None, 99),  # nobody handed this over
     ]
-    handed = [Handed("a", 1, 7), Handed("b", 7, 8)]
-    assert shares(spans, handed) == pytest.approx({"dot": 4 + 1 + 4 + 4, "copy": 1})
+    handed = [Handover("a", 1, 7), Handover("b", 7, 8)]
+    assert attribute_time(spans, handed) == pytest.approx({"dot": 4 + 1 + 4 + 4, "copy": 1})
 
 
 def test_idle_time_is_no_ones():
-    assert shares([Span("a", 0, 1, "dot"), Span("a", 100, 101, "dot"), Span("a", 50, 50, "empty")]) == {"dot": 2}
+    assert attribute_time([Span("a", 0, 1, "dot"), Span("a", 100, 101, "dot"), Span("a", 50, 50, "empty")]) == {
+        "dot": 2
+    }
 
 
 def test_shares_add_up_to_the_time_in_which_anything_runs():
@@ -62,4 +64,4 @@ def test_shares_add_up_to_the_time_in_which_anything_runs():
                 now[span.thread] = span.instruction
         for instruction in now.values():
             expected[instruction] += 1 / len(now)
-    assert shares(spans) == pytest.approx(expected)
+    assert attribute_time(spans) == pytest.approx(expected)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sparse_lm import config as configs
-from sparse_lm.cost import parameters
+from sparse_lm.cost import count_parameters
 
 Loss = Callable[[configs.Config, str, int], float]  # (config, split, step) -> nats per token
 
@@ -40,7 +40,7 @@ def store(
         for step in range(config.evaluation.every, steps + 1, config.evaluation.every)
         for split in splits
     ]
-    counted = parameters(config.model)
+    counted = count_parameters(config.model)
     tokens = steps * config.training.batch * config.data.length
     summary = {
         "steps": steps,

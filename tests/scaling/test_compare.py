@@ -44,7 +44,7 @@ def test_a_model_twice_as_fast_has_a_speedup_of_two(tmp_path):
 
 
 def test_seconds_are_those_of_each_side(tmp_path):
-    a, b = config(), cost.twin(config())
+    a, b = config(), cost.dense_twin(config())
     store(a, tmp_path / "sparse", falling(sparse=2.0), step_seconds=0.4)
     store(b, tmp_path / "dense", falling(), step_seconds=0.1)
     result = compare_runs(str(tmp_path / "sparse"), str(tmp_path / "dense"), price_per_hour=36.0)
@@ -86,11 +86,11 @@ def test_noise_between_seeds_is_no_difference(tmp_path):
 
 
 def test_sizes_and_flops_are_those_of_the_configs(tmp_path):
-    sparse, dense = config(), cost.twin(config())
+    sparse, dense = config(), cost.dense_twin(config())
     result = compare(sparse, Trainer(falling()), str(tmp_path))
     for side, of in (("sparse", sparse), ("dense", dense)):
-        counted = cost.flops(of.model, of.data.length)
-        assert result[side]["total_params"] == cost.parameters(of.model).total
+        counted = cost.count_flops(of.model, of.data.length)
+        assert result[side]["total_params"] == cost.count_parameters(of.model).total
         assert result[side]["train_flops_per_token"] == counted.training
         assert result[side]["executed_flops_per_token"] == cost.step_flops(of, "cpu") / (4 * 16)
     extra = result["sparse"]["router_flops_per_token"]

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from sparse_lm.scaling.curves import crossing, curve, speedup
+from sparse_lm.scaling.curves import first_crossing, loss_curve, speedup
 
 
 def rows(losses, seconds=1.0):
@@ -26,12 +26,12 @@ def rows(losses, seconds=1.0):
     ],
 )
 def test_crossing_is_interpolated(loss, target, where):
-    assert crossing([10.0 * (i + 1) for i in range(len(loss))], loss, target) == where
+    assert first_crossing([10.0 * (i + 1) for i in range(len(loss))], loss, target) == where
 
 
 def test_curve_picks_a_split_in_the_order_of_steps():
     shuffled = list(reversed(rows([4.0, None, 2.0])))
-    assert curve(shuffled, "validation", "step") == ([10, 20, 30], [4.0, math.inf, 2.0])
+    assert loss_curve(shuffled, "validation", "step") == ([10, 20, 30], [4.0, math.inf, 2.0])
 
 
 def test_speedup_in_steps_and_seconds():

@@ -28,7 +28,7 @@ def shifted(sparse, seeds=0.01):
 )
 def test_words_follow_the_verdict(tmp_path, sparse, seeds, said, unsaid):
     result = compare(config(), Trainer(shifted(sparse)), str(tmp_path), seeds=seeds)
-    for text in (report.summary(result), (tmp_path / "comparison.md").read_text()):
+    for text in (report.format_summary(result), (tmp_path / "comparison.md").read_text()):
         assert said in text
         assert not [word for word in unsaid if word in text]
 
@@ -43,12 +43,12 @@ def test_the_report_has_the_numbers(tmp_path):
 
 
 def test_more_steps_are_said_so():
-    assert report._times(1.5) == "1.50 times fewer" and report._times(0.5) == "2.00 times as many"
+    assert report._format_ratio(1.5) == "1.50 times fewer" and report._format_ratio(0.5) == "2.00 times as many"
 
 
 def test_the_terminal_text_fits(tmp_path):
     result = compare(config(), Trainer(shifted(-0.5)), str(tmp_path), seeds=3)
-    assert max(map(len, report.summary(result).splitlines())) <= 140
+    assert max(map(len, report.format_summary(result).splitlines())) <= 140
 
 
 def test_three_whole_files_are_left(tmp_path):
@@ -65,7 +65,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     def fail(*_):
         raise UserError("no space")
 
-    monkeypatch.setattr(report, "markdown", fail)
+    monkeypatch.setattr(report, "format_markdown", fail)
     with pytest.raises(UserError):
         compare(config(), Trainer(shifted(0.5)), str(tmp_path))
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before

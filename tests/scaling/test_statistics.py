@@ -3,21 +3,21 @@ import math
 import pytest
 from scipy import stats
 
-from sparse_lm.scaling.statistics import DIVERGED, interval, mean, verdict
+from sparse_lm.scaling.statistics import DIVERGED, confidence_interval, mean, verdict
 
 
 def test_the_interval_is_students():
     values = [2.1, 2.3, 1.9, 2.6]
     low, high = stats.t.interval(0.95, len(values) - 1, loc=mean(values), scale=stats.sem(values))
-    assert interval(values) == pytest.approx((low, high), rel=1e-12)
+    assert confidence_interval(values) == pytest.approx((low, high), rel=1e-12)
 
 
 def test_the_interval_of_two_is_12_706_half_distances():
-    assert interval([1.0, 3.0]) == pytest.approx((2 - 12.7062047, 2 + 12.7062047))
+    assert confidence_interval([1.0, 3.0]) == pytest.approx((2 - 12.7062047, 2 + 12.7062047))
 
 
 def test_one_value_has_no_interval():
-    assert interval([1.0]) is None
+    assert confidence_interval([1.0]) is None
 
 
 @pytest.mark.parametrize(

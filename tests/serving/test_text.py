@@ -8,7 +8,7 @@ from etils import epath
 from sparse_lm.config import Config, Data, Model, Training, resolve
 from sparse_lm.errors import UserError
 from sparse_lm.models import functional
-from sparse_lm.serving import Generator, Sampling, beyond_training, generate_folder, stream_text
+from sparse_lm.serving import Generator, Sampling, generate_folder, stream_text, warn_beyond_training
 
 END = 256
 
@@ -55,8 +55,8 @@ def test_bytes_that_are_no_character_become_a_mark_in_a_stream_as_in_the_whole(r
 
 
 def test_what_is_longer_than_the_training_rows_is_told():
-    assert beyond_training(256, 256) is None
-    assert "257 tokens" in beyond_training(257, 256) and "trained on 256" in beyond_training(257, 256)
+    assert warn_beyond_training(256, 256) is None
+    assert "257 tokens" in warn_beyond_training(257, 256) and "trained on 256" in warn_beyond_training(257, 256)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 from sparse_lm import config as configs
 from sparse_lm import data, runs
-from sparse_lm.config import Anticipation, identity
+from sparse_lm.config import Anticipation, identity_fields
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import make_mesh, sharding
 from sparse_lm.runs import replay
@@ -243,7 +243,7 @@ def test_a_run_goes_on_within_it_and_its_steps_are_replayed(text_config, tmp_pat
 
 
 def test_accumulation_is_of_the_identity_where_choices_are_kept_by_microbatch():
-    parts = lambda n, ahead: identity(
+    parts = lambda n, ahead: identity_fields(
         tiny.config(training__accumulation=n, training__anticipation=Anticipation(ahead=ahead))
     )
     assert parts(1, 0) == parts(2, 0) != parts(2, 3) != parts(1, 3)

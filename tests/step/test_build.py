@@ -112,7 +112,7 @@ def test_metrics_are_the_means_over_the_tokens():
     assert metrics["grad_norm"] == pytest.approx(np.sqrt(sum(squares)), rel=1e-5)
     assert metrics["learning_rate"] == pytest.approx(float(schedule(build.config)(0)))
     assert count_tokens(metrics["tokens"]) == tokens
-    assert {figure.shape for figure in metrics["routing"].values()} == {(len(build.functional.stack.routed),)}
+    assert {figure.shape for figure in metrics["routing"].values()} == {(len(build.functional.stack.routed_layers),)}
     load = np.asarray(seen["sums"]["statistics"]["load"])[0]
     assert load.sum() == tokens
     assert metrics["routing"]["load_max"][0] == pytest.approx(load.max() / load.mean())
