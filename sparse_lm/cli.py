@@ -147,7 +147,7 @@ def _compare(options: flags.FlagValues, folders: list[str]) -> None:
 
 def _generate(options: flags.FlagValues) -> None:
     from sparse_lm import runs
-    from sparse_lm.routing import ROUTERS
+    from sparse_lm.routing import router_of
     from sparse_lm.serving import Generator, Sampling, generate_folder, stream_text, warn_beyond_training
 
     if bool(options.prompt) == bool(options.prompts) or bool(options.prompts) != bool(options.out):
@@ -177,9 +177,9 @@ def _generate(options: flags.FlagValues) -> None:
         _warn(warning)
     if not model.config.model.experts:
         return
-    router = ROUTERS[model.config.model.router.name]
-    if ahead := router.leak(model.config.model):
-        _warn(f"while the model was trained, {ahead}; in generation {router.in_generation}")
+    router = router_of(model.config.model)
+    if router.looks_ahead:
+        _warn(f"while the model was trained, {router.looks_ahead}; in generation {router.in_generation}")
 
 
 def _warn(text: str) -> None:

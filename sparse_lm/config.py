@@ -267,6 +267,15 @@ def _check_fit(config: Config) -> None:
             f"model.layers is {model.layers}: after model.dense_first={model.dense_first} it must be a multiple of "
             f"model.expert_every={model.expert_every}; the nearest is {fit}"
         )
+    kind, of_kind = model.feed_forward, {"experts": model.experts > 0, "blocks": model.layout.name != "dense"}
+    if kind.name == "auto" and kind.options:
+        raise UserError(f"model.feed_forward.options are {dict(kind.options)}; they need a model.feed_forward.name")
+    for name, wanted in {"dense": {}, "experts": {"experts"}, "blocks": {"blocks"}}.items():
+        if kind.name == name and {n for n, there in of_kind.items() if there} != wanted:
+            raise UserError(
+                f"model.feed_forward is {name!r}, and model.experts={model.experts} with model.layout="
+                f"{model.layout.name!r} is another kind of layer; 'auto' takes the one that they say"
+            )
     if model.experts and model.layout.name != "dense":
         raise UserError(f"model.layout is {model.layout.name!r}, for a feed-forward layer; model.experts must be 0")
     if model.experts and model.top_k > model.experts:
@@ -325,17 +334,13 @@ def identity_fields(config: Config) -> dict[str, Any]:
         kept.append("accumulation")  # choices made ahead are kept by microbatch
     values["training"] = {k: values["training"][k] for k in kept}
     del values["data"]["tokenizer"]  # a path, which may change; the data's fingerprint covers the tokenizer itself
+    return _flatten({part: values[part] for part in ("model", "data", "optimizer", "training")})
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
-
-    def walk(prefix: str, value: Any):
-        if isinstance(value, dict):
-            for k, v in value.items():
-                walk(f"{prefix}.{k}", v)
-        else:
-            flat[prefix] = value
-
-    for part in ("model", "data", "optimizer", "training"):
-        walk(part, values[part])
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 

@@ -16,14 +16,14 @@ from sparse_lm.cost.arrays import parameter_arrays
 from sparse_lm.models.counting import Part, Setting, elementwise, product
 from sparse_lm.models.functional import abstract_layer
 from sparse_lm.parameter import is_hidden_matrix
-from sparse_lm.registry import lookup
-from sparse_lm.stack import LayerSpec, decoder_stack
+from sparse_lm.stack import decoder_stack
 
 # (forward, backward) FLOPs per element, see `models.counting`.
 LOGIT = (3, 1)
 OUTER_WIDTH = (9, 15)  # embedding and last norm
 
 # Per parameter and step: gradient norm and clipping, moments, weight decay, and keeping the old value if not finite.
+# An optimizer that is not here counts as AdamW.
 OPTIMIZER_FLOPS = {"adamw": 34, "adafactor": 31, "muon": 34}
 NEWTON_SCHULZ_STEPS = 5
 
@@ -72,11 +72,6 @@ def count_flops(model: Model, length: int, platform: str = "cpu") -> Flops:
     return Flops(tuple(_count_parts(model, Setting(length, platform, model.remat))))
 
 
-def layer_flops(model: Model, spec: LayerSpec, setting: Setting) -> list[Part]:
-    """Counts the FLOPs per token of one layer."""
-    return list(abstract_layer(model, spec).flops(setting))
-
-
 def step_flops(config: Config, platform: str) -> float:
     """Counts the executed FLOPs of a training step of a resolved config on all devices, including the optimizer."""
     tokens = config.training.batch * config.data.length
@@ -86,12 +81,11 @@ def step_flops(config: Config, platform: str) -> float:
 def optimizer_flops(config: Config) -> float:
     """Counts the FLOPs of an optimizer step; most of Muon's are products of Newton–Schulz iterations."""
     algorithm = config.optimizer.algorithm.name
-    per_parameter = lookup("optimizer.algorithm.name", OPTIMIZER_FLOPS, algorithm)
     total = 0.0
     for array in parameter_arrays(config.model):
-        total += per_parameter * array.size
+        total += OPTIMIZER_FLOPS.get(algorithm, OPTIMIZER_FLOPS["adamw"]) * array.size
         if algorithm == "muon" and is_hidden_matrix(array.axes):
-            rows, columns = sorted(array.matrix)
+            rows, columns = sorted(array.matrix_shape)
             matrices = array.size // (rows * columns)
             # X Xᵀ, its square, and their sum times X
             total += matrices * NEWTON_SCHULZ_STEPS * (4 * rows**2 * columns + 2 * rows**3)
@@ -99,14 +93,12 @@ def optimizer_flops(config: Config) -> float:
 
 
 def _count_parts(model: Model, setting: Setting) -> Iterator[Part]:
-    stack, counted = decoder_stack(model), []
+    stack = decoder_stack(model)
+    count = lambda spec, last: list(abstract_layer(model, spec).flops(setting._replace(last=last)))
     # A layer of the prefix and a period are recomputed as a whole, except for their last product.
-    layers = [(spec, True) for spec in stack.prefix]
-    layers += [(spec, i == len(stack.period) - 1) for i, spec in enumerate(stack.period)] * stack.repeats
-    for layer, key in enumerate(layers):
-        if (parts := next((parts for known, parts in counted if known == key), None)) is None:
-            parts = layer_flops(model, key[0], setting._replace(last=key[1]))
-            counted.append((key, parts))
+    prefix = [count(spec, True) for spec in stack.prefix]
+    period = [count(spec, i == len(stack.period) - 1) for i, spec in enumerate(stack.period)]
+    for layer, parts in enumerate(prefix + period * stack.repeats):
         yield from (dataclasses.replace(part, layer=layer) for part in parts)
     yield product("output", 2 * model.width * model.vocabulary)
     yield from elementwise([(model.vocabulary, LOGIT), (model.width, OUTER_WIDTH)], setting._replace(remat="none"))

@@ -7,7 +7,7 @@ from sparse_lm.cost.flops import Flops, count_flops
 from sparse_lm.cost.memory import compute_memory
 from sparse_lm.cost.parameters import Parameters, count_parameters
 from sparse_lm.experts.auto import executor_name
-from sparse_lm.models.expert_layer import router_of
+from sparse_lm.routing import router_of
 from sparse_lm.stack import decoder_stack
 
 PLATFORM = "cpu"  # for which executed FLOPs are counted

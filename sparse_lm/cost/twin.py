@@ -6,8 +6,8 @@ from sparse_lm.config import Config, Model, choice, resolve
 from sparse_lm.cost.flops import count_flops
 from sparse_lm.errors import UserError
 from sparse_lm.models.counting import Setting
-from sparse_lm.models.expert_layer import router_of
 from sparse_lm.models.functional import abstract_layer
+from sparse_lm.routing import router_of
 from sparse_lm.stack import LayerSpec, decoder_stack
 
 
@@ -36,7 +36,8 @@ def dense_twin(config: Config) -> Config:
     else:
         sparse = decoder_stack(model).period[-1]
         dense_unit = dataclasses.replace(sparse, feed_forward=choice("dense"), hidden=1)
-        width = round(_feed_forward_flops(model, sparse) / _feed_forward_flops(model, dense_unit))
+        needed, per_unit = (_feed_forward_flops(model, spec, config.data.length) for spec in (sparse, dense_unit))
+        width = max(1, round(needed / per_unit))
         dense = dataclasses.replace(_replace_experts(model), expert_width=width)
     return resolve(dataclasses.replace(config, model=dense, name=f"{config.name}-dense"))
 
@@ -46,9 +47,9 @@ def _replace_experts(model: Model) -> Model:
     return dataclasses.replace(model, experts=0, top_k=1, shared_experts=0, **kinds)
 
 
-def _feed_forward_flops(model: Model, spec: LayerSpec) -> float:
+def _feed_forward_flops(model: Model, spec: LayerSpec, length: int) -> float:
     """Counts the model FLOPs per token of a layer's feed-forward part, without the router."""
-    parts = abstract_layer(model, spec).feed_forward.flops(Setting(length=1))
+    parts = abstract_layer(model, spec).feed_forward.flops(Setting(length))
     return sum(part.model for part in parts if part.name != "router")
 
 

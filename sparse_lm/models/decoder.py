@@ -17,9 +17,9 @@ from sparse_lm.kernels.linear import linear
 from sparse_lm.mesh import constrain
 from sparse_lm.models.context import Aux, Context
 from sparse_lm.models.depth import SkippedLayer
-from sparse_lm.models.expert_layer import router_of
 from sparse_lm.models.layer import Layer, RMSNorm
 from sparse_lm.parameter import gather_weight, init_matrix
+from sparse_lm.routing import router_of
 from sparse_lm.stack import LayerSpec, Stack, decoder_stack
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sparse_lm import config as configs
+from sparse_lm.errors import UserError
 from sparse_lm.models.context import Aux, Context
 from sparse_lm.models.counting import Part, Setting, product
 from sparse_lm.models.expert_layer import experts_per_token, router_flops
@@ -27,6 +28,11 @@ class SkippedLayer(nnx.Module):
     """
 
     def __init__(self, model: configs.Model, spec: LayerSpec, rngs: nnx.Rngs):
+        if spec.feed_forward.name != "experts":
+            raise UserError(
+                f"model.feed_forward is {spec.feed_forward.name!r}; it must be 'auto' with the router "
+                f"{model.router.name!r}, whose tokens skip dense layers"
+            )
         self.router = create("model.router", ROUTERS, model.router, model, rngs)
         dense = dataclasses.replace(spec, feed_forward=configs.choice("dense"), routed=False)
         self.layer = Layer(model, dense, rngs)

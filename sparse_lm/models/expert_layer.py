@@ -17,7 +17,16 @@ from sparse_lm.models.context import Aux, Context
 from sparse_lm.models.counting import Count, Part, Setting, elementwise, product
 from sparse_lm.models.feed_forward import HIDDEN, FeedForward
 from sparse_lm.registry import create, lookup
-from sparse_lm.routing import ROUTERS, Replay, Router, SoftSlots, TokenChoice, chosen_indices, indices_to_replay
+from sparse_lm.routing import (
+    ROUTERS,
+    Replay,
+    Router,
+    SoftSlots,
+    TokenChoice,
+    chosen_indices,
+    indices_to_replay,
+    router_of,
+)
 
 # (forward, backward) FLOPs per element, see `models.counting`.
 ROUTER_WIDTH = (60, 13)  # jitter, which is mostly making random numbers
@@ -102,11 +111,6 @@ def _check_executor(model: configs.Model, router: Router) -> None:
         )
 
 
-def router_of(model: configs.Model) -> type[Router]:
-    """The class of the model's router. Raises `UserError` for a name that is not known."""
-    return lookup("model.router.name", ROUTERS, model.router.name)
-
-
 def places_per_expert(model: configs.Model) -> int:
     """C, in training."""
     return configs.compute_capacity(model.group_size, model.experts, model.top_k, model.capacity_factor)
@@ -145,8 +149,8 @@ def _mask_flops(model: configs.Model, router: Router, places: Count, setting: Se
 
 
 def _index_flops(model: configs.Model, router: Router, places: Count, setting: Setting) -> Iterator[Part]:
-    """Rows are moved at no FLOPs; the K outputs of a token are weighted and added."""
-    weighted = 2 * model.top_k * model.width
+    """Rows are moved at no FLOPs; the outputs of a token's experts are weighted and added."""
+    weighted = 2 * experts_per_token(model) * model.width
     yield Part("combine", 0.0, weighted, 2 * weighted)
 
 

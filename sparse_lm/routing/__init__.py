@@ -14,3 +14,4 @@ from sparse_lm.routing.placement import place as place
 from sparse_lm.routing.placement import rank as rank
 from sparse_lm.routing.router import Router as Router
 from sparse_lm.routing.table import ROUTERS as ROUTERS
+from sparse_lm.routing.table import router_of as router_of

@@ -29,18 +29,14 @@ class Base(LearnedRouter):
     is left out: the group is what competes.
     """
 
-    even = True
     alone_in_evaluation = True
+    looks_ahead = "the tokens of a group are assigned to experts together"
     in_generation = "each token goes to its best expert"
 
     def __init__(self, model: configs.Model, rngs: nnx.Rngs):
         if model.top_k != 1:
             raise UserError(f"model.top_k is {model.top_k}; the router 'base' sends each token to 1 expert")
         super().__init__(model, rngs)
-
-    @staticmethod
-    def leak(model):
-        return "the tokens of a group are assigned to experts together"
 
     def route(self, x, ids, valid, state, key=None, replay=None):
         logits = self.logits(x)

@@ -28,7 +28,7 @@ class ExpertChoiceRouter(LearnedRouter):
 
     form = ExpertChoice
     k_experts = False
-    even = True
+    looks_ahead = "experts choose among all tokens of a group"
     in_generation = "each token goes to its top_k best experts"
 
     def __init__(self, model: configs.Model, rngs: nnx.Rngs):
@@ -36,10 +36,6 @@ class ExpertChoiceRouter(LearnedRouter):
             raise UserError("model.capacity_factor is inf; the router 'expert_choice' needs a finite one, such as 1.0")
         super().__init__(model, rngs)
         self.capacity_factor = model.capacity_factor
-
-    @staticmethod
-    def leak(model):
-        return "experts choose among all tokens of a group"
 
     def route(self, x, ids, valid, state, key=None, replay=None):
         logits = self.logits(x)

@@ -3,9 +3,8 @@
 import math
 
 from sparse_lm.config import Model, compute_capacity
-from sparse_lm.registry import lookup
 from sparse_lm.routing.choice import TokenChoice
-from sparse_lm.routing.table import ROUTERS
+from sparse_lm.routing.table import router_of
 
 
 def leak(model: Model, capacity_factor: float, training: bool = False) -> str:
@@ -16,9 +15,9 @@ def leak(model: Model, capacity_factor: float, training: bool = False) -> str:
     """
     if not model.experts:
         return ""
-    router = lookup("model.router.name", ROUTERS, model.router.name)
-    if (said := router.leak(model)) and (training or not router.alone_in_evaluation):
-        return said
+    router = router_of(model)
+    if router.looks_ahead and (training or not router.alone_in_evaluation):
+        return router.looks_ahead
     if training and not math.isinf(model.exchange_buffer) and model.executor in ("auto", "grouped"):
         return "over several devices, rows that one has no room for are dropped, whatever came first"
     drops = compute_capacity(model.group_size, model.experts, model.top_k, capacity_factor) < model.group_size

@@ -27,8 +27,8 @@ class MixtureOfDepths(LearnedRouter):
 
     form = ExpertChoice
     k_experts = False
-    even = True
     skips_layers = True
+    looks_ahead = "the layer chooses among all tokens of a row"
     in_generation = "a token passes where its score is above 0"
 
     def __init__(self, model: configs.Model, rngs: nnx.Rngs, *, predictor_loss: NotNegative = 0.01):
@@ -49,10 +49,6 @@ class MixtureOfDepths(LearnedRouter):
             )
         super().__init__(model, rngs)
         self.share, self.predictor_loss = model.capacity_factor, predictor_loss
-
-    @staticmethod
-    def leak(model):
-        return "the layer chooses among all tokens of a row"
 
     def route(self, x, ids, valid, state, key=None, replay=None):
         logits = self.logits(x)

@@ -19,26 +19,21 @@ class Router(nnx.Module):
     A router may carry state that is not trained by gradient (expert biases, thresholds, tables). It is passed in, never
     kept in the module; `update` makes the next one once per optimizer step, from the statistics of the whole batch.
 
-    form: the form of its choices. k_experts: every token gets top_k experts. even: every expert gets the same number of
-    tokens in training. Both are of a group whose tokens are all valid and before capacity. skips_layers: tokens are
-    chosen for a whole layer, not for the experts in it. alone_in_evaluation: `route` leaks with a key only.
-    in_generation: what `route_alone` does where `route` leaks, in a few words.
+    form: the form of its choices. k_experts: every token gets top_k experts, in a group whose tokens are all valid and
+    before capacity. skips_layers: tokens are chosen for a whole layer, not for the experts in it. looks_ahead: how
+    `route` makes a token's choice depend on later tokens of the text, in a few words; "": it does not.
+    alone_in_evaluation: it does so with a key only. in_generation: what `route_alone` does instead.
     """
 
     form: ClassVar[type[Choice]] = TokenChoice
     k_experts: ClassVar[bool] = True
-    even: ClassVar[bool] = False
+    looks_ahead: ClassVar[str] = ""
     alone_in_evaluation: ClassVar[bool] = False
     in_generation: ClassVar[str] = ""
     skips_layers: ClassVar[bool] = False
 
     def __init__(self, model: configs.Model, rngs: nnx.Rngs):
         self.experts, self.top_k, self.over = model.experts, model.top_k, model.balance_over
-
-    @staticmethod
-    def leak(model: configs.Model) -> str:
-        """How a token's choice depends on later tokens of the text, in a few words; "" where it does not."""
-        return ""
 
     def init_state(self) -> dict[str, jax.Array]:
         return {}
@@ -67,7 +62,7 @@ class Router(nnx.Module):
     def route_alone(
         self, x: Float[Array, "G S D"], ids: Int[Array, "G S"], valid: Bool[Array, "G S"], state: dict[str, jax.Array]
     ) -> Routing:
-        """Routes each token by itself, as generation has to. A router that leaks says what it does instead."""
+        """Routes each token by itself, as generation has to. A router that looks ahead says what it does instead."""
         return self.route(x, ids, valid, state)
 
 

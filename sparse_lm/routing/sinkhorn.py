@@ -33,6 +33,7 @@ class Sinkhorn(LearnedRouter):
     """
 
     alone_in_evaluation = True
+    looks_ahead = "the tokens of a group are assigned to experts together"
     in_generation = "each token goes to its top_k best experts"
 
     def __init__(
@@ -40,10 +41,6 @@ class Sinkhorn(LearnedRouter):
     ):
         super().__init__(model, rngs)
         self.iterations = iterations
-
-    @staticmethod
-    def leak(model):
-        return "the tokens of a group are assigned to experts together"
 
     def route(self, x, ids, valid, state, key=None, replay=None):
         logits = self.logits(x)

@@ -35,7 +35,7 @@ class Soft(Router):
 
     form = SoftSlots
     k_experts = False
-    even = True
+    looks_ahead = "slots mix all tokens of a group"
     in_generation = "each token passes all experts"
 
     def __init__(self, model: configs.Model, rngs: nnx.Rngs, *, normalize: bool = True):
@@ -47,10 +47,6 @@ class Soft(Router):
         shape = (model.width, model.experts, slots)
         self.phi = init_matrix(rngs, shape, axes, fan_in=model.width, scale=model.init_scale)
         self.scale = init_ones((1,), ("norm",)) if normalize else None
-
-    @staticmethod
-    def leak(model):
-        return "slots mix all tokens of a group"
 
     def logits(self, x: Float[Array, "G S D"], valid: Bool[Array, "G S"]) -> Float[Array, "G S E C"]:
         """Of each token for each slot, in float32 as `scores` are; 0 for padding."""

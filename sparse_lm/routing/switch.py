@@ -1,18 +1,14 @@
 """Switch: each token goes to its most probable expert (Fedus, Zoph and Shazeer 2021, arXiv 2101.03961, section 2)."""
 
-import jax
 from flax import nnx
 
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.ranges import NotNegative, Share
-from sparse_lm.routing.choice import Routing
-from sparse_lm.routing.health import measure
-from sparse_lm.routing.losses import load_balancing_loss, router_z_loss
-from sparse_lm.routing.router import LearnedRouter, choose_top, gather_chosen, jittered, token_choice
+from sparse_lm.routing.topk import TopK
 
 
-class Switch(LearnedRouter):
+class Switch(TopK):
     """Top-1 routing.
 
     With router probabilities p = softmax(x W), a token goes to argmax p and its output is scaled by that probability
@@ -36,16 +32,4 @@ class Switch(LearnedRouter):
     ):
         if model.top_k != 1:
             raise UserError(f"model.top_k is {model.top_k}; the router 'switch' sends each token to 1 expert")
-        super().__init__(model, rngs)
-        self.jitter, self.balance_loss, self.z_loss = jitter, balance_loss, z_loss
-
-    def route(self, x, ids, valid, state, key=None, replay=None):
-        logits = self.logits(jittered(x, self.jitter, key))
-        probabilities = jax.nn.softmax(logits)
-        expert = choose_top(logits, 1, replay)
-        choice = token_choice(expert, gather_chosen(probabilities, expert), valid)
-        losses = {
-            "balance_loss": self.balance_loss * load_balancing_loss(probabilities, choice.expert, valid, self.over),
-            "z_loss": self.z_loss * router_z_loss(logits, valid),
-        }
-        return Routing(choice, losses, measure(logits, choice, valid, self.over))
+        super().__init__(model, rngs, normalize=False, jitter=jitter, balance_loss=balance_loss, z_loss=z_loss)

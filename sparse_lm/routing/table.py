@@ -1,5 +1,7 @@
 """The table of routers: the names that a config may use."""
 
+from sparse_lm.config import Model
+from sparse_lm.registry import lookup
 from sparse_lm.routing.base import Base
 from sparse_lm.routing.deepseek import DeepSeek
 from sparse_lm.routing.expert_choice import ExpertChoiceRouter
@@ -32,3 +34,8 @@ ROUTERS: dict[str, type[Router]] = {
     "mixture_of_depths": MixtureOfDepths,
     "random": Random,
 }
+
+
+def router_of(model: Model) -> type[Router]:
+    """The class of the model's router. Raises `UserError` for a name that is not known."""
+    return lookup("model.router.name", ROUTERS, model.router.name)

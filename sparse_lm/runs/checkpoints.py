@@ -19,11 +19,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from sparse_lm.config import digest
 from sparse_lm.errors import UserError
 from sparse_lm.runs.digest import digests
+from sparse_lm.runs.processes import ask_primary, exchange
 
 META = "meta"
 Prefixes = tuple[tuple[str, str], ...]  # old and new beginnings of names
@@ -62,7 +62,7 @@ class Checkpoints:
         self.wait()
         if self._writer is None:
             self._writer = self._open()
-        if step in self.steps():
+        if step in ask_primary("saved steps", self.steps()):
             return
         flat = {item: _flat(tree) for item, tree in items.items()}
         sums = digests({f"{item}/{name}": array for item, arrays in flat.items() for name, array in arrays.items()})
@@ -139,7 +139,7 @@ class Checkpoints:
         not those described.
         """
         self.wait()
-        known = _from_primary(self.steps())
+        known = ask_primary("saved steps", self.steps())
         if not known:
             raise UserError(f"there is no complete checkpoint in {self.folder}")
         if step is not None:
@@ -175,7 +175,7 @@ class Checkpoints:
                 raise
 
     def _open(self) -> ocp.AsyncCheckpointer:
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not self._lost():
             self.folder.mkdir(parents=True, exist_ok=True)
             known = self.steps()
             for path in list(self.folder.iterdir()) if self.folder.exists() else []:
@@ -185,8 +185,7 @@ class Checkpoints:
             for step in known:
                 if self._restored is not None and step > self._restored:
                     self._delete(step)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints are tidy")
+        exchange("checkpoints are tidy", None)
         return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
     def _delete(self, step: int) -> None:
@@ -269,7 +268,7 @@ class Checkpoints:
                 saved |= {f"{item}/{name}": int(stored[there[name]][2], 16) for name in wanted}
         except Unusable as error:
             fault = str(error)
-        if fault := _first(fault):
+        if fault := next(filter(None, exchange(f"checkpoint {step} is read", fault)), ""):
             raise Unusable(fault)
         found = digests({f"{item}/{name}": a for item, part in arrays.items() for name, a in part.items()})
         if changed := [name for name in sorted(found) if found[name] != saved[name]]:
@@ -346,23 +345,3 @@ def _root(error: BaseException) -> BaseException:
 def _line(error: Exception) -> str:
     text = " ".join(str(_root(error)).split()) or type(_root(error)).__name__
     return text if len(text) <= 200 else text[:197] + "…"
-
-
-def _from_primary(steps: list[int]) -> list[int]:
-    """The first process's list (its newest 64), so that all try the same, whatever a file system shows to each."""
-    if jax.process_count() == 1:
-        return steps
-    padded = np.full(64, -1, np.int32)
-    padded[: len(steps[-64:])] = steps[-64:]
-    return [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]
-
-
-def _first(text: str) -> str:
-    """The first text of any process that is not empty, in every process."""
-    if jax.process_count() == 1:
-        return text
-    padded = np.zeros(512, np.uint8)
-    raw = np.frombuffer(text.encode()[:512], np.uint8)
-    padded[: len(raw)] = raw
-    texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(padded)]
-    return next((text for text in texts if text), "")

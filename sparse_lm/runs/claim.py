@@ -70,13 +70,18 @@ class Lock:
 
     def __init__(self, folder: epath.Path):
         self._path = folder / NAME
-        self._file = os.open(os.fspath(self._path), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(self._file, 300).decode(errors="replace").strip()
-            os.close(self._file)
-            raise _in_use(folder, holder) from None
+        while True:
+            self._file = os.open(os.fspath(self._path), os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(self._file, 300).decode(errors="replace").strip()
+                os.close(self._file)
+                raise _in_use(folder, holder) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self._path), os.fstat(self._file)):
+                    break
+            os.close(self._file)  # its last holder has removed it since it was opened
         os.truncate(self._file, 0)
         os.write(self._file, _this_process().encode())
 
@@ -141,7 +146,7 @@ class Claim:
     def lost(self) -> str:
         """Why the claim is no longer held: another process has it, it was deleted, or it could not be renewed for so
         long that another may soon have it."""
-        silent = time.monotonic() - self._renewed
+        silent = _now() - self._renewed
         if not self._lost and silent > self._lapses_after / 2:
             fault = f" ({self._fault})" if self._fault else ""
             self._lost = f"{self.folder} is no longer held: its claim was not renewed for {silent:.0f} s{fault}"
@@ -174,8 +179,8 @@ class Claim:
         log.warning(
             "%s is held by %s; waiting at most %.0f s for its claim to lapse", self.folder, holder, self._lapses_after
         )
-        until = time.monotonic() + self._lapses_after
-        while (left := until - time.monotonic()) > 0:
+        until = _now() + self._lapses_after
+        while (left := until - _now()) > 0:
             while_waiting()
             time.sleep(min(1.0, self._renewed_every / 3, left))
             with contextlib.suppress(Unanswered):  # whatever it has missed, the write that follows has a condition
@@ -207,7 +212,7 @@ class Claim:
 
     def _write(self, generation: bytes) -> bool:
         """Writes the claim over what has this generation; False where that is no longer there."""
-        begun = time.monotonic()
+        begun = _now()
         self._writes += 1  # in the object, for stores whose generation is a digest of the content
         value = {"holder": _this_process(), "owner": self._owner, "writes": self._writes}
         stamp = _answer(self._store.write(NAME, json.dumps(value), if_equal=generation))
@@ -220,6 +225,11 @@ class Claim:
 
     def _delete(self) -> bool:
         return bool(_answer(self._store.write(NAME, None, if_equal=self._generation)).generation)
+
+
+def _now() -> float:
+    """Seconds that go on while the machine is suspended: a claim lapses then too."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _open(folder: str, context: ts.Context) -> ts.KvStore:

@@ -5,6 +5,7 @@ per row; where a file can't grow (object stores), rows are collected and written
 the 120th row on. Both are read in the same way.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from sparse_lm.errors import UserError
 from sparse_lm.runs.claim import NAME, Hold, hold, in_object_store
 
 PART = 100  # rows
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # one of them
 
 
 class RunFolder:
@@ -130,10 +132,11 @@ class RunFolder:
     def __exit__(self, kind, error, trace) -> None:
         if kind is not None and self.primary and not self.continued and not self.lost:
             made = {path.name for path in self.path.iterdir()}
-            if made <= {"config.json", NAME}:  # nothing has come of it
-                (self.path / "config.json").unlink(missing_ok=True)
+            if made <= {"config.json", *TOKENIZERS, NAME}:  # nothing has come of it
+                for name in made - {NAME}:
+                    (self.path / name).unlink(missing_ok=True)
                 self._release(remove=True)
-                if self.path.exists():  # an object store has no empty folders
+                with contextlib.suppress(OSError):  # an object store has no empty folders, and another may be in it
                     self.path.rmdir()
         self.close()
 

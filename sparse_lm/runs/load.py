@@ -9,8 +9,7 @@ from etils import epath
 from sparse_lm import config as configs
 from sparse_lm import data
 from sparse_lm.errors import UserError
-from sparse_lm.models.expert_layer import router_of
-from sparse_lm.routing import TokenChoice, leak
+from sparse_lm.routing import TokenChoice, leak, router_of
 from sparse_lm.runs.checkpoints import Checkpoints
 from sparse_lm.runs.devices import build_here
 from sparse_lm.runs.folder import read_config

@@ -9,7 +9,7 @@ from etils import epath
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import sharding
-from sparse_lm.routing import ROUTERS, TokenChoice
+from sparse_lm.routing import TokenChoice
 from sparse_lm.runs.checkpoints import Checkpoints
 from sparse_lm.runs.devices import build_here
 from sparse_lm.runs.folder import read_config, read_rows
@@ -77,7 +77,7 @@ def _whole(parts: np.ndarray, length: int) -> np.ndarray:
 
 
 def _by_layer(config: configs.Config, stack: Stack, experts: np.ndarray | None) -> dict[int, np.ndarray]:
-    if experts is None or ROUTERS[config.model.router.name].form is not TokenChoice:
+    if experts is None or router_of(config.model).form is not TokenChoice:
         return {}
     length, layers = config.data.length, stack.routed_layers
     parts = experts.shape[0]

@@ -8,15 +8,13 @@ from sparse_lm import config as configs
 from sparse_lm import data
 from sparse_lm.data import tokenizer as tokenizers
 from sparse_lm.errors import UserError
-from sparse_lm.runs.folder import RunFolder, read_info
-
-FILES = ("tokenizer.json", "tokenizer.model")
+from sparse_lm.runs.folder import TOKENIZERS, RunFolder, read_info
 
 
 def find_tokenizer(path: epath.PathLike) -> str:
     """The tokenizer's file in a run's folder, "" where there is no run, or none yet."""
     folder = epath.Path(path)
-    files = [folder / name for name in FILES] if (folder / "config.json").exists() else []
+    files = [folder / name for name in TOKENIZERS] if (folder / "config.json").exists() else []
     return next((str(file) for file in files if file.exists()), "")
 
 
@@ -44,7 +42,7 @@ def choose_tokenizer(config: configs.Config, path: epath.PathLike, parent: str =
 def keep_tokenizer(folder: RunFolder, tokenizer: data.Tokenizer, file: str) -> None:
     """Stores the tokenizer that was loaded from a file in the run's folder, unless it is there."""
     if folder.primary and not find_tokenizer(folder.path):
-        folder.keep(FILES[epath.Path(file).suffix == ".model"], tokenizer.file)
+        folder.keep(f"tokenizer{'.model' if epath.Path(file).suffix == '.model' else '.json'}", tokenizer.file)
 
 
 def load_tokenizer(path: epath.PathLike) -> data.Tokenizer:
@@ -89,7 +87,7 @@ def prepare_other(config: configs.Config, path: epath.PathLike, sources: tuple[s
 def _tokenizer_file(path: epath.PathLike) -> str:
     if file := find_tokenizer(path):
         return file
-    raise UserError(f"{path} holds no tokenizer; a run keeps one, as {' or '.join(FILES)}, before its first step")
+    raise UserError(f"{path} holds no tokenizer; a run keeps one, as {' or '.join(TOKENIZERS)}, before its first step")
 
 
 def _differ(one: str, other: str) -> bool:

@@ -15,8 +15,7 @@ from sparse_lm import config as configs
 from sparse_lm.errors import Stopped, UserError, suggest
 from sparse_lm.experts.auto import executor_name
 from sparse_lm.mesh import make_mesh, sharding
-from sparse_lm.models.expert_layer import router_of
-from sparse_lm.routing import leak
+from sparse_lm.routing import leak, router_of
 from sparse_lm.runs.actions import CheckFinite, Evaluate, Leave, Measure, Rows, Save, check_owner, summarize
 from sparse_lm.runs.checkpoints import Checkpoints
 from sparse_lm.runs.clock import Clock
@@ -25,6 +24,7 @@ from sparse_lm.runs.estimate import seconds_per_step
 from sparse_lm.runs.folder import RunFolder
 from sparse_lm.runs.loop import Moment, loop
 from sparse_lm.runs.parent import find_parent, initial_state
+from sparse_lm.runs.processes import ask_primary, together
 from sparse_lm.runs.progress import Progress, duration
 from sparse_lm.runs.sinks import TensorBoard
 from sparse_lm.runs.snapshot import restore_state
@@ -77,19 +77,21 @@ def train(config: configs.Config, workdir: epath.PathLike, init_from: str = "") 
             if signal.number:
                 raise Stopped(f"{workdir}: stopped before a step was done", signal.exit_code)
 
-        folder = enter(RunFolder(workdir, config, {"versions": _versions(), **info}, primary, while_waiting))
+        with together(f"{workdir} is opened"):
+            folder = enter(RunFolder(workdir, config, {"versions": _versions(), **info}, primary, while_waiting))
         steps = config.training.steps
-        if (summary := folder.summary()) and summary["steps"] >= steps:
+        if (summary := ask_primary("summary", folder.summary())) and summary["steps"] >= steps:
             log.info("%s is finished: %d steps are done; a higher training.steps goes on", workdir, summary["steps"])
             return summary
         checkpoints = enter(Checkpoints(folder.checkpoints, config.checkpoints.keep, lost=lambda: folder.lost))
         with clock.phase("restoring", "making or restoring the state"):
-            continued = bool(checkpoints.steps())
+            continued = ask_primary("continued", bool(checkpoints.steps()))
             state = restore_state(program, checkpoints) if continued else initial_state(program, parent)
         start = int(state.step)
         if start > steps:
             raise UserError(f"{workdir} has {start} steps already; training.steps is {steps}, which is below")
         waited = _resume(checkpoints, folder, clock, start) if continued else 0.0
+        check_owner(folder)
         folder.rewind(start)
         keep_tokenizer(folder, corpus.tokenizer, tokenizer)
         with clock.phase("compilation", "compiling the step"):
@@ -138,7 +140,7 @@ def train(config: configs.Config, workdir: epath.PathLike, init_from: str = "") 
 
 def _resume(checkpoints: Checkpoints, folder: RunFolder, clock: Clock, step: int) -> float:
     """Lets the clock count on from a checkpoint; returns the seconds that the run has waited for data."""
-    meta, rows = checkpoints.meta(step), folder.rows("metrics")
+    meta, rows = checkpoints.meta(step), folder.rows("metrics") if folder.primary else []
     clock.resume(meta["seconds"], max(0.0, rows[-1]["seconds"] - meta["seconds"]["training"]) if rows else 0.0)
     log.info("%s goes on after step %d", folder.path, step)
     return meta["waited"]

@@ -21,7 +21,7 @@ from sparse_lm import config as configs
 from sparse_lm import data
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import sharding
-from sparse_lm.routing import ROUTERS, Replay, SoftSlots
+from sparse_lm.routing import Replay, SoftSlots, router_of
 
 AHEAD = "ahead"  # the item of a step's batch that is the batch of Δ steps later
 DECAY = 0.9  # of the running mean of the loss, per step: one that lags behind a falling loss hides a spike
@@ -45,7 +45,7 @@ def steps_ahead(config: configs.Config) -> int:
     ahead, router = config.training.anticipation.ahead, config.model.router.name
     if not config.model.experts:
         return 0
-    if ahead and ROUTERS[router].form is SoftSlots:
+    if ahead and router_of(config.model).form is SoftSlots:
         raise UserError(
             f"training.anticipation.ahead is {ahead}; it must be 0 with the router {router!r}, which mixes tokens and "
             "makes no choice that could be made ahead"

@@ -10,8 +10,8 @@ from sparse_lm.errors import DoesNotFit, UserError
 from sparse_lm.kernels.block_sparse_tpu import check_tpu_block
 from sparse_lm.mesh import RULES
 from sparse_lm.models import Functional
-from sparse_lm.models.expert_layer import router_of
 from sparse_lm.parameter import key_names
+from sparse_lm.routing import router_of
 
 # The fields that the size of an axis may come from; the one that has the size is named in an error.
 FIELDS = {
@@ -44,8 +44,7 @@ def check_fit(config: Config, mesh: Mesh | AbstractMesh, functional: Functional,
             near = max(parts, round(size / parts) * parts)
             across = " × ".join(f"mesh.{m}={mesh.shape[m]}" for m in RULES[axis])
             raise DoesNotFit(f"{name} is {size}, which {across} does not divide; the nearest that would do is {near}")
-    if model.layout.name != "dense" and platform == "tpu":
-        block = next(size for axis, _, size in sizes if axis == "block_in")
+    for block in {size for axis, _, size in sizes if axis == "block_in" and platform == "tpu"}:
         check_tpu_block(block, (model.width, model.expert_width), "model.layout.options.block")
 
 

@@ -9,8 +9,7 @@ from jaxtyping import Array, Float
 
 from sparse_lm import config as configs
 from sparse_lm.models import Functional
-from sparse_lm.models.expert_layer import router_of
-from sparse_lm.routing import TokenChoice
+from sparse_lm.routing import TokenChoice, router_of
 from sparse_lm.routing.health import health
 from sparse_lm.step import anticipation
 from sparse_lm.step.loss import Batch, accumulate, choose_experts, loss

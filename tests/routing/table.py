@@ -40,6 +40,10 @@ TABLE = {
 }
 
 
+# Of these every expert gets the same number of tokens in training, where all are valid and before capacity.
+EVEN = ["base", "expert_choice", "soft", "mixture_of_depths"]
+
+
 def config(name: str, **fields) -> configs.Config:
     """A tiny config with the router; `fields` are of the model."""
     row = TABLE[name]

@@ -99,14 +99,14 @@ def check(made, choice, valid):
                 for row in group:
                     named = row[row >= 0]
                     assert len(set(named)) == len(named) and of_group[named].all()
-            if made.even and everyone:
+            if everyone:
                 assert len(set((token >= 0).sum(axis=(0, 2)))) == 1
         case SoftSlots(dispatch, combine):
             dispatch, combine = np.asarray(dispatch), np.asarray(combine)
             assert (dispatch[~valid] == 0).all() and (combine[~valid] == 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if ROUTERS[name].even])
+@pytest.mark.parametrize("name", table.EVEN)
 def test_an_even_router_gives_every_expert_the_same_number_of_tokens(name):
     made, parameters, route, _ = router(name)
     x = np.random.default_rng(0).normal(size=(G, S, D)).astype(np.float32)
