@@ -188,8 +188,11 @@ def _warn(text: str) -> None:
 
 def _info(options: flags.FlagValues) -> None:
     from sparse_lm.cost.info import info_table
+    from sparse_lm.data.sources import parse_sources
 
-    print(info_table(resolve(options.config)))
+    config = resolve(options.config)
+    parse_sources(config.data.sources)
+    print(info_table(config))
 
 
 def _profile(options: flags.FlagValues) -> None:
@@ -346,6 +349,7 @@ def _dispatch(argv: list[str]) -> None:
         message = str(error).replace("invalid literal for int() with base 10:", "it must be a whole number, not")
         not_boolean = r"\('Non-boolean argument to boolean flag', (.*)\)"
         message = re.sub(not_boolean, r"it must be true or false, not \1", message)
+        message = message.replace("could not convert string to float:", "it must be a number, not")
         raise UserError(message) from error
     if name == "compare" and len(folders) not in (0, 2):
         got = f"{len(folders)} given: {' '.join(folders)}"

@@ -8,7 +8,7 @@ import re
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sparse_lm.config import Config
+from sparse_lm.config import Config, from_dict, to_dict
 from sparse_lm.errors import UserError, suggest
 
 
@@ -43,13 +43,13 @@ def load_config(path: str) -> Config:
         raise UserError(f"config file {name} lacks get_config(), which returns a sparse_lm.config.Config")
     try:
         config = module.get_config(*argument)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"config file {name}: get_config() fails: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise UserError(
             f"config file {name}: get_config() returns a {type(config).__name__}, not a sparse_lm.config.Config"
         )
-    return config
+    return from_dict(to_dict(config), f"config file {name}")
 
 
 def define_config(values: flags.FlagValues, argv: list[str]) -> None:
@@ -67,7 +67,7 @@ def define_config(values: flags.FlagValues, argv: list[str]) -> None:
         raise UserError("--config=FILE is missing; configs/quickstart.py is the one to begin with")
     config = load_config(path)
     for argument in argv:
-        if match := re.match(r"--?(no)?config\.([^=]+)(=.*)?$", argument):
+        if match := re.match(r"--?(no)?config\.([^=]*)(=.*)?$", argument, re.DOTALL):
             _check_field(config, match[2])
     config_flags.DEFINE_config_dataclass(
         "config",
@@ -86,6 +86,8 @@ def _check_field(config: Config, path: str) -> None:
     parts = path.split(".")
     for depth, part in enumerate(parts):
         if isinstance(node, ConfigDict):
+            if depth < len(parts) - 1 or not part.isidentifier():
+                raise UserError(f"--config.{path}: an option is written --config.{'.'.join(parts[:depth])}.NAME=VALUE")
             return
         names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
         if part not in names:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from sparse_lm.errors import UserError, nearest_divisor, suggest
 from sparse_lm.ranges import (
+    Devices,
     Factor,
     NotNegative,
     OneOf,
@@ -46,6 +47,8 @@ class Node:
             raise AttributeError(f"{type(self).__name__} has no field {name!r}{suggest(name, names)}")
         if getattr(self, "_frozen", False):
             raise AttributeError(f"the config is frozen: {name} can't be set; use dataclasses.replace and resolve")
+        if issubclass(kind := names[name].type, Node) and not isinstance(value, kind):
+            raise TypeError(f"{type(self).__name__}.{name} is {value!r}; it must be a {kind.__name__}")
         object.__setattr__(self, name, value)
 
     def freeze(self) -> Self:
@@ -148,10 +151,10 @@ class Data(Node):
 class Mesh(Node):
     """Devices along each axis of the mesh; -1 takes what is left."""
 
-    data: int = -1  # copies of the parameters, each with its share of the batch
-    fsdp: int = 1  # the batch, and the parameters by width
-    expert: int = 1  # the batch, and experts with the tokens sent to them
-    tensor: int = 1  # heads, hidden units and vocabulary
+    data: Devices = -1  # copies of the parameters, each with its share of the batch
+    fsdp: Devices = 1  # the batch, and the parameters by width
+    expert: Devices = 1  # the batch, and experts with the tokens sent to them
+    tensor: Devices = 1  # heads, hidden units and vocabulary
 
 
 @dataclass
@@ -254,9 +257,22 @@ def _check_ranges(node: Node, prefix: str = "") -> None:
             raise UserError(f"{prefix}{name} is {value!r}{wrong}")
 
 
+def check_mesh(mesh: Mesh) -> None:
+    """Raises `UserError` for sizes that no number of devices has."""
+    sizes = dataclasses.asdict(mesh)
+    if 0 in sizes.values() or list(sizes.values()).count(-1) > 1 or min(sizes.values()) < -1:
+        written = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        raise UserError(f"{written}: each must be at least 1, and one of them may be -1 to take what is left")
+
+
 def _check_fit(config: Config) -> None:
     """Raises `UserError` for fields that contradict each other."""
     model, training = config.model, config.training
+    if "/" in config.name or config.name in (".", ".."):
+        raise UserError(f"name is {config.name!r}; it must be without slashes (--workdir says where a run goes)")
+    if not config.cache:
+        raise UserError("cache is empty; it must be a folder, as ~/.cache/sparse_lm")
+    check_mesh(config.mesh)
     _check_divides("model.heads", model.heads, "model.kv_heads", model.kv_heads)
     if model.head_width % 2:
         raise UserError(f"model.head_width is {model.head_width}; rotary positions need an even number")

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sparse_lm import config as configs
-from sparse_lm.errors import DoesNotFit, UserError
+from sparse_lm.errors import DoesNotFit
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -51,8 +51,7 @@ def make_mesh(mesh: configs.Mesh, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else list(devices)
     sizes = [getattr(mesh, axis) for axis in AXES]
     written = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes))
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"{written}: each must be at least 1, and one of them may be -1 to take what is left")
+    configs.check_mesh(mesh)
     product = int(np.prod([size for size in sizes if size != -1]))
     if -1 in sizes and len(devices) % product == 0:
         sizes[sizes.index(-1)] = len(devices) // product

@@ -33,7 +33,7 @@ class Range:
 
     def __str__(self) -> str:
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        said = [f"{word} {bound:,}" for word, bound in bounds.items() if bound is not None and bound < math.inf]
+        said = [f"{word} {bound:,}" for word, bound in bounds.items() if bound is not None and math.isfinite(bound)]
         return " and ".join(said + ["finite"] * (math.inf in (self.below, self.most)))
 
 
@@ -50,6 +50,7 @@ Size = Annotated[int, Range(least=1, most=2**24)]
 SizeOr0 = Annotated[int, Range(least=0, most=2**24)]
 Steps = Annotated[int, Range(least=1, most=2**31 - 1)]
 StepsOr0 = Annotated[int, Range(least=0, most=2**31 - 1)]
+Devices = Annotated[int, Range(least=-1, most=2**20)]
 Seed = Annotated[int, Range(least=0, most=2**31 - 1)]
 Positive = Annotated[float, Range(above=0, below=math.inf)]
 Factor = Annotated[float, Range(above=0)]  # inf too

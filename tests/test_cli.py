@@ -15,6 +15,9 @@ def config(tmp_path_factory):
     return commands.write_config(tmp_path_factory.mktemp("cli"))
 
 
+FROM = "from sparse_lm.config import Config, Model\ndef get_config(): return "
+
+
 def said(capsys, *arguments: str, code: int = 2) -> str:
     """What a command says, run in this process; checks the exit code and that it is one line."""
     with pytest.raises(SystemExit) as left:
@@ -58,6 +61,15 @@ def test_a_wrong_command(capsys, arguments, answer):
         ("def get_config(: pass", "is not Python: line 1"),
         ("x = 1", "lacks get_config()"),
         ("def get_config(): return 3", "returns a int, not a sparse_lm.config.Config"),
+        ("def get_config(): raise SystemExit(3)", "get_config() fails: SystemExit: 3"),
+        (
+            f"{FROM}Config(model=Model(width='x'))",
+            "model.width is 'x'; it must be of type int",
+        ),
+        (
+            f"{FROM}Config(model=Model(router=None))",
+            "Model.router is None; it must be a Choice",
+        ),
         ("import nothing_of_this_name", "fails: ModuleNotFoundError"),
         ("def get_config(): return 1 / 0", "get_config() fails: ZeroDivisionError"),
     ],
@@ -75,7 +87,7 @@ def test_a_config_file_that_is_none(capsys, tmp_path, text, answer):
         ("model=4", "is a part with fields of its own"),
         ("model.experts.x=4", "it is a value, 8"),
         ("model.experts=many", "it must be a whole number, not 'many'"),
-        ("model.capacity_factor=wide", "could not convert string to float: 'wide'"),
+        ("model.capacity_factor=wide", "it must be a number, not 'wide'"),
         ("model.scan=5", "it must be true or false, not '5'"),
         ("model.capacity_factor=0", "model.capacity_factor is 0.0; it must be above 0"),
         ("model.eval_capacity_factor=-1", "it must be above 0"),
@@ -121,6 +133,20 @@ def test_a_config_file_that_is_none(capsys, tmp_path, text, answer):
         ),
         ("model.layout.name=banded", "model.experts must be 0"),
         ("model.balance_over=world", "model.balance_over is 'world'"),
+        ("=3", "config has no field ''"),
+        ("model.router.options.=5", "an option is written --config.model.router.options.NAME=VALUE"),
+        ("model.router.options.jitter.x=5", "an option is written --config.model.router.options.NAME=VALUE"),
+        ("model.router.options.jitter=-1", "model.router.options.jitter is -1; it must be at least 0 and at most 1"),
+        (
+            "optimizer.algorithm.options.b1=1.5",
+            "optimizer.algorithm.options.b1 is 1.5; it must be at least 0",
+        ),
+        ("data.sources=None", "data.sources is [None]; it must be a list of texts"),
+        ("data.sources=", "data source '': unknown kind ''"),
+        ("evaluation.splits=0", "evaluation.splits is [0]; it must be a list of texts"),
+        ("model.dropout=None", "it must be a number, not 'None'"),
+        ("model.layers=4294967296", "model.layers is 4294967296; it must be at least 1 and at most 10,000"),
+        ("name=../../../x", "name is '../../../x'; it must be without slashes"),
     ],
 )
 def test_a_wrong_field(capsys, config, tmp_path, field, answer):

@@ -139,6 +139,14 @@ def given(path, value):
         ("optimizer.clip_norm", -1.0, "optimizer.clip_norm is -1.0"),
         ("optimizer.warmup_steps", -1, "optimizer.warmup_steps is -1"),
         ("optimizer.weight_decay", -0.1, "optimizer.weight_decay is -0.1"),
+        ("mesh.data", 0, "mesh.data=0, mesh.fsdp=1, mesh.expert=1, mesh.tensor=1: each must be at least 1"),
+        ("mesh.fsdp", -1, "one of them may be -1"),
+        ("model.feed_forward", choice("dense"), "model.feed_forward is 'dense', and model.experts=4"),
+        (
+            "model.feed_forward",
+            choice("auto", rank=4),
+            "model.feed_forward.options are {'rank': 4}; they need a mod",
+        ),
     ],
 )
 def test_a_mistake_is_answered_with_one_line(path, value, words):
@@ -146,6 +154,18 @@ def test_a_mistake_is_answered_with_one_line(path, value, words):
         resolve(given(path, value))
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, cache", [("../../x", "c"), ("a/b", "c"), ("..", "c"), ("x", "")])
+def test_names_and_folders_lead_nowhere_else(name, cache):
+    with pytest.raises(UserError, match="^name is|^cache is"):
+        resolve(Config(name=name, cache=cache))
+
+
+@pytest.mark.parametrize("make", [lambda: Model(router="switch"), lambda: Model(router=None), lambda: Config(model={})])
+def test_a_section_is_no_other_value(make):
+    with pytest.raises(TypeError, match="it must be a (Choice|Model)"):
+        make()
 
 
 def test_a_config_is_read_without_jax():

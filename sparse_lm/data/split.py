@@ -34,7 +34,7 @@ class Survey:
     """The assignment of all documents to parts."""
 
     parts: list[Part]
-    assigned: list[np.ndarray]  # for each source the part of each document, int32; -1: left out
+    part_of_document: list[np.ndarray]  # for each source the part of each document, int32; -1: left out
     sample: list[str]  # training text for a tokenizer
 
 
