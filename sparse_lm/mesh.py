@@ -75,7 +75,7 @@ def partition_spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(RULES[axis] or None for axis in axes))
 
 
-def sharding(mesh: jax.sharding.Mesh, *axes: str | None) -> NamedSharding:
+def sharding(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, *axes: str | None) -> NamedSharding:
     """Builds the sharding of an array with these axes over a mesh; see `partition_spec`."""
     return NamedSharding(mesh, partition_spec(*axes))
 

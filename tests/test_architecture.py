@@ -9,8 +9,8 @@ import sparse_lm
 
 ROOT = pathlib.Path(sparse_lm.__file__).parent
 ORDER = (
-    "errors ranges stored_config config registry layouts command_line stack host_memory mesh parameter data kernels "
-    "routing experts models step cost serving runs scaling profile cli __main__"
+    "errors paths ranges stored_config config registry layouts command_line stack host_memory mesh parameter data "
+    "kernels routing experts models step cost serving runs scaling profile cli __main__"
 ).split()
 
 

@@ -18,6 +18,7 @@ from sparse_lm.data.split import SAMPLE_BYTES, SHARES, survey_sources
 from sparse_lm.data.store import VERSION, name_split, write_rows
 from sparse_lm.data.tokenizer import Tokenizer
 from sparse_lm.errors import UserError, suggest
+from sparse_lm.paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def prepare(config: Config) -> Corpus:
         OSError: for a full disk; incomplete files are removed.
     """
     sources = parse_sources(config.data.sources)
-    cache = epath.Path(config.cache).expanduser() / "data"
+    cache = user_path(config.cache) / "data"
     if "://" in str(cache):
         raise UserError(f"cache is {config.cache!r}; it must be a local or mounted folder (sources may be remote)")
     fingerprints = [source.reader.fingerprint() for source in sources]

@@ -15,6 +15,7 @@ from etils import epath
 
 from sparse_lm.data.documents import Document
 from sparse_lm.errors import UserError, suggest
+from sparse_lm.paths import user_path
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 # A text file up to this size is one document. A longer one is cut at the first blank line after that many bytes, or at
@@ -31,7 +32,7 @@ class Folder:
     heldout: str = "heldout"  # the sub-folder that is never trained on
 
     def __post_init__(self):
-        self.root = epath.Path(self.path).expanduser()
+        self.root = user_path(self.path)
         self.name = re.sub(r"\W+", "_", self.root.name, flags=re.ASCII).strip("_") or "folder"
 
     def fingerprint(self) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from etils import epath
 
 from sparse_lm.errors import UserError
+from sparse_lm.paths import user_path
 
 # If it is unset, the library warns whenever a process that has used its threads forks.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -89,7 +89,7 @@ def load(path: str) -> Tokenizer:
         UserError: for a missing or invalid file, a tokenizer without an end-of-text token, or a SentencePiece model
             where the package that reads it is missing.
     """
-    expanded = epath.Path(path).expanduser()
+    expanded = user_path(path)
     try:
         file = expanded.read_bytes()
     except OSError as e:

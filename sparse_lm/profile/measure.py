@@ -88,7 +88,7 @@ def profile_steps(config: configs.Config, steps: int = 5, trace: str = "") -> Pr
     """
     if steps < 1:
         raise UserError(f"--steps is {steps}; at least 1 step has to be profiled")
-    folder = Path(trace)
+    folder = Path(trace and user_path(trace))
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir():
         raise UserError(f"--trace is {trace}, but {parent} is a file; it has to be a folder, made where there is none")

@@ -22,6 +22,7 @@ from etils import epath
 
 from sparse_lm.config import digest
 from sparse_lm.errors import UserError
+from sparse_lm.paths import in_object_store, user_path
 from sparse_lm.runs.digest import digests
 from sparse_lm.runs.processes import ask_primary, exchange
 
@@ -44,8 +45,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 2, schema: int = 1, lost: Callable[[], str] = lambda: ""):
-        # Orbax wants an absolute path; an object store's is one already.
-        self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).expanduser().absolute()
+        self.folder = user_path(folder)
         self.keep = keep
         self.schema = schema
         self._lost = lost
@@ -111,6 +111,12 @@ class Checkpoints:
         found = ocp.path.step.standard_name_format().find_all(self.folder)
         return sorted(m.step for m in found if (m.path / META / "metadata").exists())
 
+    def _incomplete(self) -> list[epath.Path]:
+        """Folders with the name of a step that are no checkpoint: half deleted, or not copied whole."""
+        steps = self.steps()
+        there = self.folder.iterdir() if self.folder.exists() else ()
+        return [path for path in there if re.fullmatch("[1-9][0-9]*|0", path.name) and int(path.name) not in steps]
+
     def meta(self, step: int) -> dict:
         """What `save` was given as `meta`. Raises `UserError` for a step that isn't there or can't be read."""
         return self._usable_record(step)["meta"]
@@ -144,6 +150,9 @@ class Checkpoints:
             raise UserError(f"there is no complete checkpoint in {self.folder}")
         if step is not None:
             self._check_known(step, known)
+        for path in self._incomplete():
+            if step is None and int(path.name) > known[-1]:
+                self._warn(f"{path} is passed over: it is no complete checkpoint")
         for candidate in reversed(known) if step is None else [step]:
             try:
                 restored = self._restore(candidate, items, old_names or {})
@@ -151,11 +160,12 @@ class Checkpoints:
                 text = f"checkpoint {candidate} in {self.folder} can't be used: {fault}"
                 if step is not None:
                     raise UserError(text) from fault
-                if jax.process_index() == 0:
-                    print(f"WARNING: {text}; trying the one before", file=sys.stderr, flush=True)
+                self._warn(f"{text}; trying the one before")
             else:
                 self._restored = candidate
                 return candidate, restored
+        if ask_primary("saved steps", self.steps()) != known:  # a trainer has saved and deleted some in the meantime
+            return self.restore(items, step, old_names)
         raise UserError(f"none of the checkpoints in {self.folder} can be used: {', '.join(map(str, known))}")
 
     def close(self) -> None:
@@ -179,14 +189,17 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             known = self.steps()
             for path in list(self.folder.iterdir()) if self.folder.exists() else []:
-                number = path.name.split(".")[0]  # N, or N.orbax-checkpoint-tmp…
-                if number.isdigit() and not (path.name == number and int(number) in known):
+                if re.fullmatch(r"[0-9]+\.orbax-checkpoint-tmp.*", path.name) or path in self._incomplete():
                     path.rmtree()
             for step in known:
                 if self._restored is not None and step > self._restored:
                     self._delete(step)
         exchange("checkpoints are tidy", None)
         return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+    def _warn(self, text: str) -> None:
+        if jax.process_index() == 0:
+            print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
     def _delete(self, step: int) -> None:
         (self.folder / str(step) / META / "metadata").unlink()
@@ -204,7 +217,7 @@ class Checkpoints:
 
     def _needs(self, size: int, step: int) -> None:
         """Raises where a local disk has no room for `size` bytes: said beforehand, nothing has to be undone."""
-        if jax.process_index() == 0 and "://" not in str(self.folder):
+        if jax.process_index() == 0 and not in_object_store(self.folder):
             free = shutil.disk_usage(self.folder).free
             if free < size:
                 raise UserError(
@@ -244,6 +257,8 @@ class Checkpoints:
             raise Unusable(f"{META} can't be read ({_line(error)})") from error
         if not intact:
             raise Unusable(f"{META} does not match its digest")
+        if record["step"] != step:
+            raise Unusable(f"it is a copy of checkpoint {record['step']}")
         if record["schema"] != self.schema:
             raise UserError(
                 f"checkpoint {step} in {self.folder} has schema {record['schema']}; this version reads {self.schema}"

@@ -25,6 +25,7 @@ import tensorstore as ts
 from etils import epath
 
 from sparse_lm.errors import UserError
+from sparse_lm.paths import in_object_store
 
 log = logging.getLogger("sparse_lm")
 
@@ -59,10 +60,6 @@ def hold(folder: epath.Path, while_waiting: Callable[[], None] = lambda: None) -
     return Claim(str(folder), while_waiting) if in_object_store(folder) else Lock(folder)
 
 
-def in_object_store(path: epath.Path) -> bool:
-    return "://" in str(path)
-
-
 class Lock:
     """A folder on a disk, held for as long as a file in it is open and locked."""
 
@@ -71,7 +68,7 @@ class Lock:
     def __init__(self, folder: epath.Path):
         self._path = folder / NAME
         while True:
-            self._file = os.open(os.fspath(self._path), os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = os.open(os.fspath(self._path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

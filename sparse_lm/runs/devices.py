@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 
 import jax
-from etils import epath
 from jax.sharding import AbstractMesh, NamedSharding
 
 from sparse_lm import config as configs
 from sparse_lm.errors import DoesNotFit
 from sparse_lm.mesh import AXES, RULES, make_mesh
+from sparse_lm.paths import user_path
 from sparse_lm.step.build import Build, build
 
 log = logging.getLogger("sparse_lm")
@@ -19,9 +19,7 @@ log = logging.getLogger("sparse_lm")
 
 def use_compilation_cache(config: configs.Config) -> None:
     """Keeps compiled programs over processes; the second start of a config compiles nothing."""
-    folder = epath.Path(config.cache).expanduser() / "compiled"
-    absolute = folder if "://" in config.cache else folder.absolute()  # it stays where it is if the process moves
-    jax.config.update("jax_compilation_cache_dir", str(absolute))
+    jax.config.update("jax_compilation_cache_dir", str(user_path(config.cache) / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -8,6 +8,7 @@ the 120th row on. Both are read in the same way.
 import contextlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,8 @@ from etils import epath
 
 from sparse_lm.config import Config, from_dict, identity_fields, resolve, to_dict
 from sparse_lm.errors import UserError
-from sparse_lm.runs.claim import NAME, Hold, hold, in_object_store
+from sparse_lm.paths import in_object_store, user_path
+from sparse_lm.runs.claim import NAME, Hold, hold
 
 PART = 100  # rows
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # one of them
@@ -49,7 +51,7 @@ class RunFolder:
         Raises `UserError` where another living process holds the folder, or it holds a run of another identity
         (`sparse_lm.config.identity_fields`) or on other data.
         """
-        self.path = epath.Path(path)
+        self.path = user_path(path)
         self.primary = primary
         self._hold: Hold | None = None
         self._tables: dict[str, Table] = {}
@@ -60,6 +62,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.path} can't be made a run's folder: {error.strerror}") from error
+        self._check_links()
         self._hold = hold(self.path, while_waiting)
         try:
             self.continued = self._has_run()  # False: a new run
@@ -67,6 +70,7 @@ class RunFolder:
             if self.continued:
                 self._check_same(config, info)
             else:
+                self._check_new()
                 write_whole(self.path / "config.json", self._description)
         except BaseException:
             self.close()
@@ -142,6 +146,19 @@ class RunFolder:
 
     def _has_run(self) -> bool:
         return (self.path / "config.json").exists()
+
+    def _check_links(self) -> None:
+        """Raises `UserError` for a file that leads elsewhere: what is written to it would not stay in the folder."""
+        for path in [] if in_object_store(self.path) else sorted(self.path.iterdir()):
+            if os.path.islink(path) and path.name != "checkpoints":
+                raise UserError(f"{path} is a symbolic link; a run writes to files of its own folder alone")
+
+    def _check_new(self) -> None:
+        """Raises `UserError` where the folder has parts of a run, but no config that says which."""
+        parts = r"checkpoints|summary\.json|(metrics|eval)(-\d+)?\.jsonl"
+        if left := sorted(path.name for path in self.path.glob("*") if re.fullmatch(parts, path.name)):
+            gone = f"{self.path} has {left[0]} of a run whose config.json is gone"
+            raise UserError(f"{gone}; bring that back, or choose another --workdir")
 
     def _release(self, remove: bool = False) -> None:
         if self._hold is not None:
@@ -224,7 +241,7 @@ def read_config(path: epath.PathLike) -> Config:
 
 def read_info(path: epath.PathLike) -> dict[str, Any]:
     """All that config.json holds for the run in a folder. Raises `UserError` where there is none."""
-    file = epath.Path(path) / "config.json"
+    file = user_path(path) / "config.json"
     if not file.exists():
         what = "it has no config.json" if file.parent.exists() else "it does not exist"
         raise UserError(f"there is no run in {path}: {what}")
@@ -233,12 +250,12 @@ def read_info(path: epath.PathLike) -> dict[str, Any]:
 
 def read_rows(path: epath.PathLike, name: str) -> list[dict[str, Any]]:
     """The rows of `metrics` or `eval` in a run's folder, without a last line that is not whole yet."""
-    return [row for file in _files(epath.Path(path), name) for row in _parse(file, file.read_text())]
+    return [row for file in _files(user_path(path), name) for row in _parse(file, file.read_text())]
 
 
 def read_summary(path: epath.PathLike) -> dict[str, Any] | None:
     """The summary of the finished run in a folder, None where it isn't finished."""
-    file = epath.Path(path) / "summary.json"
+    file = user_path(path) / "summary.json"
     return _read(file) if file.exists() else None
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from etils import epath
 
 from sparse_lm.errors import UserError
+from sparse_lm.paths import in_object_store, user_path
 from sparse_lm.runs.checkpoints import Checkpoints
 from sparse_lm.runs.folder import read_info
 from sparse_lm.runs.snapshot import restore
@@ -47,7 +48,7 @@ def find_parent(workdir: epath.PathLike, asked: str) -> Parent:
 
     Raises `UserError` where the parent is needed and can't be used, and where another is asked for.
     """
-    if not (epath.Path(workdir) / "config.json").exists():
+    if not (user_path(workdir) / "config.json").exists():
         return _read_parent(asked) if asked else Parent()
     parent = stored_parent(workdir)
     if asked:
@@ -120,14 +121,14 @@ def _saved_steps(path: epath.PathLike) -> list[int]:
 
 
 def _is_run(path: str) -> bool:
-    return (epath.Path(path) / "config.json").exists()
+    return (user_path(path) / "config.json").exists()
 
 
 def _real(path: str) -> str:
-    return path if "://" in path else os.path.realpath(path)
+    return path if in_object_store(path) else os.path.realpath(path)
 
 
 def _split(run: str) -> tuple[str, int | None]:
     path, _, step = run.rpartition("@")
     path, step = (path, int(step)) if step.isdigit() else (run, None)
-    return str(Checkpoints(f"{path}/checkpoints").folder.parent), step
+    return str(user_path(path)), step

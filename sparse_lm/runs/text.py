@@ -8,12 +8,13 @@ from sparse_lm import config as configs
 from sparse_lm import data
 from sparse_lm.data import tokenizer as tokenizers
 from sparse_lm.errors import UserError
+from sparse_lm.paths import user_path
 from sparse_lm.runs.folder import TOKENIZERS, RunFolder, read_info
 
 
 def find_tokenizer(path: epath.PathLike) -> str:
     """The tokenizer's file in a run's folder, "" where there is no run, or none yet."""
-    folder = epath.Path(path)
+    folder = user_path(path)
     files = [folder / name for name in TOKENIZERS] if (folder / "config.json").exists() else []
     return next((str(file) for file in files if file.exists()), "")
 
@@ -93,6 +94,6 @@ def _tokenizer_file(path: epath.PathLike) -> str:
 def _differ(one: str, other: str) -> bool:
     """Whether both files can be read and are not the same: a run does not need the file that it took its own from."""
     try:
-        return epath.Path(one).expanduser().read_bytes() != epath.Path(other).read_bytes()
+        return user_path(one).read_bytes() != user_path(other).read_bytes()
     except OSError:
         return False

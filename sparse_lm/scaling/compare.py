@@ -5,11 +5,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from etils import epath
-
 from sparse_lm.config import Config, resolve
 from sparse_lm.cost.twin import dense_twin
 from sparse_lm.errors import UserError
+from sparse_lm.paths import user_path
 from sparse_lm.scaling.learning_rate import find_best_learning_rate, with_learning_rate
 from sparse_lm.scaling.outcome import SPLIT, compare_sides, load_finished_run
 from sparse_lm.scaling.report import write_report
@@ -60,7 +59,7 @@ def compare(
             train(_with_seed(configs[side], config.training.seed + seed), folder)
             runs[side].append(load_finished_run(folder))
     result = {"config": config.name, "sweep": swept, **compare_sides(runs, price_per_hour)}
-    write_report(result, runs, epath.Path(workdir))
+    write_report(result, runs, user_path(workdir))
     return result
 
 
@@ -90,7 +89,7 @@ def compare_runs(a: str, b: str, workdir: str = "", price_per_hour: float | None
     result = {"config": " and ".join(filter(None, (run.config.name for run in runs))), "sweep": None}
     result |= compare_sides(sides, price_per_hour)
     if workdir:
-        write_report(result, sides, epath.Path(workdir))
+        write_report(result, sides, user_path(workdir))
     return result
 
 

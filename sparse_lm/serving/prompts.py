@@ -5,6 +5,7 @@ import json
 from etils import epath
 
 from sparse_lm.errors import UserError
+from sparse_lm.paths import user_path
 
 
 def read_prompts(path: epath.PathLike, field: str) -> list[tuple[str, str]]:
@@ -20,7 +21,7 @@ def read_prompts(path: epath.PathLike, field: str) -> list[tuple[str, str]]:
     Raises:
         UserError: if there are no prompts, one is not UTF-8, or a line is not JSON or has no text in the field.
     """
-    path = epath.Path(path).expanduser()
+    path = user_path(path)
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():

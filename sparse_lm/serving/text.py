@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from sparse_lm.errors import UserError
+from sparse_lm.paths import user_path
 from sparse_lm.serving.generate import Generator
 from sparse_lm.serving.prompts import read_prompts
 
@@ -76,7 +77,7 @@ def generate_folder(
     """
     if batch < 1:
         raise UserError(f"batch is {batch}; it must be at least 1")
-    out = epath.Path(out).expanduser()
+    out = user_path(out)
     if out.is_dir():
         raise UserError(f"{out} is a folder; the continuations go into a file")
     named = read_prompts(prompts, field)

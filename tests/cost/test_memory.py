@@ -43,8 +43,8 @@ def test_a_device_holds_its_shard(sizes):
 
 
 def test_a_mesh_that_does_not_divide_the_sizes_is_refused():
-    with pytest.raises(DoesNotFit, match="model.experts is 8, which mesh.expert=3 does not divide"):
-        cost.compute_memory(make(), configs.Mesh(data=1, expert=3))
+    with pytest.raises(DoesNotFit, match="model.experts is 8, which mesh.expert=16 does not divide"):
+        cost.compute_memory(make(), configs.Mesh(data=1, expert=16))
 
 
 def test_an_unknown_optimizer_is_named():

@@ -1,5 +1,6 @@
 import gc
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import tensorstore
 
 from sparse_lm.errors import UserError
+from sparse_lm.runs import checkpoints as checkpoints_module
 from sparse_lm.runs.checkpoints import Checkpoints
 from sparse_lm.runs.quiet import quiet_orbax
 
@@ -268,6 +270,51 @@ def test_half_deleted_and_half_written_ones_do_not_count_and_are_removed(two):
     with Checkpoints(two) as checkpoints:
         checkpoints.save(4, ITEMS, {})
     assert sorted(p.name for p in two.iterdir()) == ["2", "4", "notes"]
+
+
+def test_what_others_put_beside_them_stays(two):
+    mine = ["55.backup", "40.keep-this", "55.tar.gz", "007", "7.orbax", "-3", "v2"]
+    for name in mine:
+        (two / name).mkdir()
+    (two / "9.orbax-checkpoint-tmp-1").mkdir()
+    with Checkpoints(two, keep=1) as checkpoints:
+        checkpoints.restore(abstract(ITEMS))
+        checkpoints.save(8, ITEMS, {})
+    assert sorted(path.name for path in two.iterdir()) == sorted([*mine, "8"])
+
+
+def test_a_copy_under_another_step_is_not_taken_for_it(two, capfd):
+    shutil.copytree(two / "1", two / "7")
+    with Checkpoints(two) as checkpoints:
+        assert checkpoints.restore(abstract(ITEMS))[0] == 2
+        assert "checkpoint 7 in " in (said := capfd.readouterr().err) and "it is a copy of checkpoint 1;" in said
+        with pytest.raises(UserError, match="checkpoint 7 in .* can't be used: it is a copy of checkpoint 1"):
+            checkpoints.restore(abstract(ITEMS), step=7)
+        checkpoints.save(7, shifted(7), {})
+    assert same(Checkpoints(two).restore(abstract(ITEMS), step=7)[1], shifted(7))
+
+
+@pytest.mark.parametrize("damage", ["emptied", "without meta"])
+def test_what_is_passed_over_is_named(two, capfd, damage):
+    shutil.rmtree(two / "2" / "meta") if damage == "without meta" else shutil.rmtree(two / "2")
+    (two / "2").mkdir(exist_ok=True)
+    assert Checkpoints(two).restore(abstract(ITEMS))[0] == 1
+    assert f"WARNING: {two}/2 is passed over: it is no complete checkpoint" in capfd.readouterr().err
+
+
+def test_a_reader_lists_again_when_a_trainer_has_deleted_what_it_found(two, monkeypatch):
+    reader = Checkpoints(two)
+    load = checkpoints_module._load
+
+    def slow(path, wanted):
+        if path.parent.name in ("1", "2"):  # deleted while it is read, after newer ones were saved
+            with Checkpoints(two, keep=1) as trainer:
+                trainer.save(3, shifted(3), {})
+        return load(path, wanted)
+
+    monkeypatch.setattr(checkpoints_module, "_load", slow)
+    step, items = reader.restore(abstract(ITEMS))
+    assert step == 3 and same(items, shifted(3))
 
 
 KILLED = """

@@ -12,6 +12,7 @@ from etils import epath
 
 from sparse_lm.config import Config, choice, resolve
 from sparse_lm.errors import UserError
+from sparse_lm.runs.checkpoints import Checkpoints
 from sparse_lm.runs.folder import RunFolder, Table, read_config, read_rows, read_summary
 
 INFO = {"versions": {"jax": "1"}, "fingerprint": "abc", "devices": ["cpu"]}
@@ -208,6 +209,44 @@ def test_a_run_that_fails_before_it_begins_leaves_no_folder(tmp_path):
     with pytest.raises(UserError), RunFolder(tmp_path / "some", config(), INFO):
         raise UserError("no")
     assert read_config(tmp_path / "some") == config()
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "metrics.jsonl", "eval-00000100.jsonl", "summary.json"])
+def test_parts_of_a_run_without_its_config_are_no_new_run(tmp_path, left):
+    (tmp_path / left).mkdir() if left == "checkpoints" else (tmp_path / left).write_text("")
+    with pytest.raises(UserError, match=f"has {left} of a run whose config.json is gone; bring that back, or choose"):
+        RunFolder(tmp_path, config(), INFO)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".lock", left])
+
+
+@pytest.mark.parametrize("name", [".lock", ".config.json.tmp", "metrics.jsonl", "summary.json", "config.json"])
+def test_links_that_lead_out_of_the_folder_are_not_written_through(tmp_path, name):
+    theirs, run = tmp_path / "theirs", tmp_path / "run"
+    RunFolder(run, config(), INFO).close()
+    theirs.write_text((run / "config.json").read_text())
+    before = theirs.read_bytes()
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(theirs)
+    with pytest.raises(UserError, match=f"run/{name} is a symbolic link"):
+        RunFolder(run, config(), INFO)
+    assert theirs.read_bytes() == before
+
+
+def test_checkpoints_may_be_on_another_disk(tmp_path):
+    RunFolder(tmp_path / "run", config(), INFO).close()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk")
+    RunFolder(tmp_path / "run", config(), INFO).close()
+
+
+def test_the_home_is_one_folder_for_all_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with RunFolder("~/run", config(), INFO) as folder:
+        assert folder.checkpoints == tmp_path / "run/checkpoints"
+        assert read_config("~/run") == config()
+        with Checkpoints("~/run/checkpoints") as checkpoints:
+            checkpoints.save(1, {"a": {"w": np.ones(3, np.float32)}}, {})
+    assert (tmp_path / "run/checkpoints/1").exists()
 
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
