@@ -152,6 +152,10 @@ def _generate(options: flags.FlagValues) -> None:
 
     if bool(options.prompt) == bool(options.prompts) or bool(options.prompts) != bool(options.out):
         raise UserError("give --prompt=TEXT, or --prompts=FOLDER and --out=FILE.jsonl, and not both")
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("--prompt is not UTF-8") from error
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     model = runs.load(_workdir(options), options.step, _mesh(options))
     tokenizer = model.tokenizer

@@ -113,6 +113,9 @@ def prepare(config: Config) -> Corpus:
         if corpus := open_cached():  # made by another process while this one waited
             return corpus
         log.info("preparing the text of %s, once", ", ".join(config.data.sources))
+        for source in sources:
+            if left_out := getattr(source.reader, "left_out", ""):
+                log.warning("%s: left out are %s", source.name, left_out)
         survey = survey_sources(sources, config.logging.progress)
         _check_unchanged(sources, fingerprints)
         tokenizer = _load_tokenizer(config, tokenizer_path)

@@ -4,9 +4,11 @@ import codecs
 import gzip
 import hashlib
 import json
+import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -15,12 +17,15 @@ from etils import epath
 
 from sparse_lm.data.documents import Document
 from sparse_lm.errors import UserError, suggest
-from sparse_lm.paths import user_path
+from sparse_lm.paths import in_object_store, user_path
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 # A text file up to this size is one document. A longer one is cut at the first blank line after that many bytes, or at
 # the first line end after twice as many, so that a single book still has a validation split.
 PIECE_BYTES = 16 << 10
+# A record of a .jsonl file is one document up to this size, and is cut after each so many characters: tokenizers need a
+# hundred times the memory of a text.
+RECORD_CHARACTERS = 1 << 20
 
 
 @dataclass
@@ -34,6 +39,7 @@ class Folder:
     def __post_init__(self):
         self.root = user_path(self.path)
         self.name = re.sub(r"\W+", "_", self.root.name, flags=re.ASCII).strip("_") or "folder"
+        self.left_out = ""  # files that are not read, by reason, once they have been listed
 
     def fingerprint(self) -> str:
         files = self._list_files()
@@ -60,9 +66,15 @@ class Folder:
         if not self.root.is_dir():
             problem = "is a file, not a folder; name the folder it is in" if self.root.exists() else "does not exist"
             raise UserError(f"data source folder:{self.path}: {self.root} {problem}")
-        files = sorted(path for path in _walk_visible(self.root) if path.name.removesuffix(".gz").endswith(SUFFIXES))
+        reasons = dict(_walk_visible(self.root))
+        files = sorted(path for path, reason in reasons.items() if not reason)
+        left_out = Counter(filter(None, reasons.values()))
+        self.left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
         if not files:
-            raise UserError(f"data source folder:{self.path}: no {', '.join(SUFFIXES)} files in it, plain or .gz")
+            others = f"; left out: {self.left_out}" if self.left_out else ""
+            raise UserError(
+                f"data source folder:{self.path}: no {', '.join(SUFFIXES)} files in it, plain or .gz{others}"
+            )
         domains = {path.relative_to(self.root).parts[0] for path in files if path.parent != self.root}
         if self.heldout != "heldout" and self.heldout not in domains:
             hint = suggest(self.heldout, domains) if domains else "; it has no sub-folders with text"
@@ -80,6 +92,8 @@ class Folder:
                 raise UserError(f"{location}: not UTF-8 at byte {e.start} of the line") from None
             except json.JSONDecodeError as e:
                 raise UserError(f"{location}: not JSON ({e.msg} at column {e.colno})") from None
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{location}: JSON that can't be read ({e})") from None
             if not isinstance(record, dict):
                 raise UserError(f"{location}: a JSON object was expected, this is a {type(record).__name__}")
             if self.field not in record:
@@ -89,16 +103,27 @@ class Folder:
             if not isinstance(text := record[self.field], str):
                 raise UserError(f"{location}: field {self.field!r} is a {type(text).__name__}, not a text")
             # JSON can write halves of surrogate pairs, which are no text.
-            yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield from (
+                text[start : start + RECORD_CHARACTERS] for start in range(0, len(text) or 1, RECORD_CHARACTERS)
+            )
 
 
-def _walk_visible(folder: epath.Path) -> Iterable[epath.Path]:
+def _walk_visible(folder: epath.Path) -> Iterator[tuple[epath.Path, str]]:
+    """Yields the files below a folder, each with what it is left out as; "": it is read. Links are not followed."""
     for path in folder.iterdir():
-        if not path.name.startswith("."):
-            if path.is_dir():
-                yield from _walk_visible(path)
-            else:
-                yield path
+        if path.name.startswith("."):
+            continue
+        if os.path.islink(path):
+            yield path, "symbolic links"
+        elif path.is_dir():
+            yield from _walk_visible(path)
+        elif not in_object_store(path) and not os.path.isfile(path):
+            yield path, "pipes or devices"
+        elif not path.name.removesuffix(".gz").endswith(SUFFIXES):
+            yield path, f"files named *{path.suffix or path.name}"
+        else:
+            yield path, ""
 
 
 def _hash_content(path: epath.Path) -> str:
@@ -124,6 +149,9 @@ def _read_pieces(path: epath.Path, file: BinaryIO) -> Iterator[str]:
         except UnicodeDecodeError as e:
             position = offset - pending + e.start
             raise UserError(f"{path}: not UTF-8 at byte {position} ({e.reason}); convert it, e.g. with iconv") from None
+        if "\0" in piece[-1]:
+            position = offset + line.find(b"\0")
+            raise UserError(f"{path}: byte {position} is 0, which no text has; if it is UTF-16, convert it with iconv")
         if offset == 0:
             piece[0] = piece[0].removeprefix("\ufeff")
         offset += len(line)

@@ -1,6 +1,7 @@
 """Assigns documents to splits, in a first pass over all text that also removes duplicates."""
 
 import hashlib
+import logging
 from array import array
 from dataclasses import dataclass
 
@@ -11,10 +12,13 @@ from sparse_lm.data.documents import Document
 from sparse_lm.data.sources import Source
 from sparse_lm.errors import UserError
 
+log = logging.getLogger(__name__)
+
 # A text that occurs several times goes to the first of these splits, so that training never has a copy.
 KINDS = ("heldout_domain", "test", "validation", "train")
 TRAIN = KINDS.index("train")
 SHARES = {"validation": 1, "test": 1, "train": 18}  # of 20, by the document's hash
+MAX_DOMAINS = 100  # of a source, with a validation split each, that is with a file that is open while it is written
 SAMPLE_BYTES = 20_000_000  # of training text for a tokenizer
 
 
@@ -63,6 +67,9 @@ def survey_sources(sources: list[Source], progress: bool) -> Survey:
         _fill_empty_splits(source, hashes[s], kinds[s], kept[s], tables[s].uses_hash)
         part_of_document = np.full(len(kinds[s]), -1, np.int32)
         domains = np.where(kinds[s] == KINDS.index("validation"), tables[s].domains, 0)
+        if len(tables[s].domain_names) > MAX_DOMAINS:
+            log.warning("%s has over %d sub-folders: they are not measured one by one", source.name, MAX_DOMAINS)
+            domains[:] = 0
         for kind, domain in sorted({*zip(kinds[s][kept[s]].tolist(), domains[kept[s]].tolist(), strict=True)}):
             members = kept[s] & (kinds[s] == kind) & (domains == domain)
             digest = hashlib.sha256(hashes[s][members].astype("<u8").tobytes()).hexdigest()
@@ -83,7 +90,7 @@ class _DocumentTable:
 
     def __init__(self, budget: int):
         self.hashes, self.kinds, self.domains = array("Q"), array("b"), array("i")
-        self.domain_names = [""]
+        self._numbers = {"": 0}  # of domains
         self.uses_hash = False  # whether a document's hash has decided its split
         self._budget, self._sample, self._size, self._limit = budget, [], 0, 1 << 64
 
@@ -91,13 +98,12 @@ class _DocumentTable:
         """Adds a document and returns its size in bytes."""
         data = document.text.encode()
         value = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-        if document.domain not in self.domain_names:
-            self.domain_names.append(document.domain)
+        domain = self._numbers.setdefault(document.domain, len(self._numbers))
         self.uses_hash |= not document.kind
         kind = KINDS.index(document.kind or _draw_split(value)) if document.text.strip() else -1
         self.hashes.append(value)
         self.kinds.append(kind)
-        self.domains.append(self.domain_names.index(document.domain))
+        self.domains.append(domain)
         if kind == TRAIN and value < self._limit:
             self._sample.append((value, len(self.hashes) - 1, document.text))
             self._size += len(data)
@@ -105,6 +111,10 @@ class _DocumentTable:
                 self._sample = self.sample()
                 self._size = sum(len(text) for _, _, text in self._sample)
         return len(data)
+
+    @property
+    def domain_names(self) -> list[str]:
+        return list(self._numbers)
 
     def sample(self) -> list[tuple[int, int, str]]:
         """Returns the sampled (hash, index, text): those of smallest hash, in order, whatever the order of files."""

@@ -2,16 +2,19 @@
 
 import difflib
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
 
 from sparse_lm.data.documents import Document
 from sparse_lm.errors import UserError, suggest
+from sparse_lm.paths import user_path
 
 # The packages that the command line of TFDS imports.
 ENVIRONMENT = (
@@ -59,6 +62,7 @@ class TfdsSet:
     @cached_property
     def _builder(self) -> tfds.core.DatasetBuilder:
         data_dir = self.data_dir or str(tfds.core.constants.DATA_DIR)
+        _check_features(user_path(data_dir) / re.split("[:/]", self.path)[0])
         try:
             builder = tfds.core.read_only_builder.builder_from_files(self.path, data_dir=data_dir)
         except tfds.core.registered.DatasetNotFoundError:
@@ -94,3 +98,22 @@ class TfdsSet:
             f"tfds:{self.path} is not prepared in {data_dir}; prepare it in an environment of its own: "
             f"{ENVIRONMENT} build {self.path} --data_dir={data_dir} --file_format=array_record"
         )
+
+
+def _check_features(folder: epath.Path) -> None:
+    """Raises `UserError` where a data set's features would run code that is not the library's own."""
+    for file in (*folder.glob("*/features.json"), *folder.glob("*/*/features.json")):  # with and without a config
+        for name in _class_names(json.loads(file.read_text())):
+            if not re.fullmatch(r"tensorflow_datasets\.core\.features\.[\w.]+", str(name)):
+                raise UserError(f"{file} names the feature {name!r}; only those of tensorflow_datasets can be read")
+
+
+def _class_names(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            if key in ("pythonClassName", "python_class_name", "type"):
+                yield inside
+            yield from _class_names(inside)
+    elif isinstance(value, list):
+        for inside in value:
+            yield from _class_names(inside)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -18,8 +19,11 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers  #
 from tokenizers import Tokenizer as HuggingFaceTokenizer  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
-# Names of the token between documents in published tokenizers; the first one found is used.
+# Names of the token between documents in published tokenizers; the first one found is used. Otherwise it is the special
+# token that calls itself an end, if there is one alone.
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
+END_NAME = re.compile(r"\W*(eos|eod|end\W?of\W?(text|sentence|document|sequence))(\W?token)?\W*", re.IGNORECASE)
+MOST_IDS = 1 << 24
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 
@@ -110,20 +114,31 @@ def from_json(file: bytes, path: str = "tokenizer.json") -> Tokenizer:
         UserError: for an invalid file, or a tokenizer that can't be used.
     """
     try:
-        tokenizer = HuggingFaceTokenizer.from_buffer(file)
+        description = json.loads(file)
+        if description["model"].pop("dropout", None):  # of merges, at random: encoding must give the same every time
+            tokenizer = HuggingFaceTokenizer.from_buffer(json.dumps(description).encode())
+        else:
+            tokenizer = HuggingFaceTokenizer.from_buffer(file)
     except Exception as e:  # the library raises Exception itself
         raise UserError(f"data.tokenizer {path!r} is not a tokenizer.json or a SentencePiece .model ({e})") from None
     names = tokenizer.get_vocab(with_added_tokens=True)
-    end = next((name for name in END_NAMES if name in names), None)
+    if (largest := max(names.values(), default=-1)) not in range(MOST_IDS):
+        raise UserError(f"data.tokenizer {path!r} has ids up to {largest}; from 0 to below {MOST_IDS:,} can be used")
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    ends = [name for name in special if END_NAME.fullmatch(re.sub(f"[_{SPACE}]", " ", name))]
+    end = next((name for name in END_NAMES if name in names), ends[0] if len(ends) == 1 else None)
     if end is None:
-        raise UserError(f"data.tokenizer {path!r} has no end-of-text token; one of {', '.join(END_NAMES)} is needed")
+        raise UserError(
+            f"data.tokenizer {path!r} has no end-of-text token: none of {', '.join(END_NAMES)}, and "
+            f"{len(ends)} special tokens that call themselves an end"
+        )
     tokenizer.add_special_tokens([AddedToken(end, special=True, normalized=False)])
     tokenizer.encode_special_tokens = True  # as text
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
     added = tokenizer.get_added_tokens_decoder()
-    byte_level = '"ByteLevel"' in json.dumps(json.loads(file).get("decoder"))
+    byte_level = '"ByteLevel"' in json.dumps(description.get("decoder"))
     if not byte_level and not any(name.startswith(SPACE) for name in names):
         raise UserError(
             f"data.tokenizer {path!r} is neither byte-level nor of SentencePiece's kind, the two that can be used"
@@ -133,6 +148,8 @@ def from_json(file: bytes, path: str = "tokenizer.json") -> Tokenizer:
     for name, i in names.items():
         if i in added:
             pieces[i] = b"" if added[i].special else name.encode()
+        elif byte_level and not byte_of.keys() >= set(name):
+            raise UserError(f"data.tokenizer {path!r} is byte-level, and its token {name!r} does not stand for bytes")
         elif byte_level:
             pieces[i] = bytes(byte_of[char] for char in name)
         else:
@@ -163,8 +180,8 @@ def _from_sentence_piece(file: bytes, path: str) -> Tokenizer:
 
 
 def _piece_bytes(name: str) -> bytes:
-    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
-        return bytes([int(name[3:5], 16)])
+    if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", name):
+        return bytes.fromhex(byte[1])
     return name.replace(SPACE, " ").encode()
 
 

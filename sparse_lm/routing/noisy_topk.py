@@ -59,7 +59,7 @@ class NoisyTopK(LearnedRouter):
         noisy = clean if key is None else clean + spread * jax.random.normal(key, clean.shape)
         expert = choose_top(noisy, self.top_k, replay)
         choice = token_choice(expert, jax.nn.softmax(gather_chosen(noisy, expert)), valid)
-        importance = jnp.einsum("gske,gsk->ge", jax.nn.one_hot(choice.expert, self.experts), choice.weight)
+        importance = (jax.nn.one_hot(choice.expert, self.experts) * choice.weight[..., None]).sum(axis=(1, 2))
         named = jnp.where(valid[..., None], chance(clean, noisy, spread, self.top_k), 0)
         losses = {
             "importance_loss": self.importance_loss * unevenness(importance, valid, self.over),

@@ -1,11 +1,15 @@
 """Leaving on SIGTERM and SIGINT: after a whole step, the same one in every process, with what a supervisor expects."""
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from sparse_lm.errors import Stopped
 
 
 class StopSignal:
@@ -18,6 +22,7 @@ class StopSignal:
 
     def __init__(self):
         self.number: int | None = None
+        self._at_once = ""
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -29,12 +34,25 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: installed from C
 
+    @contextlib.contextmanager
+    def at_once(self, what: str) -> Iterator[None]:
+        """While entered, nothing has to be saved: the first signal raises `Stopped`, which says what was being done."""
+        self._at_once = what
+        try:
+            if self.number is not None:
+                raise Stopped(f"stopped while {what}", self.exit_code)
+            yield
+        finally:
+            self._at_once = ""
+
     def _receive(self, number: int, frame) -> None:
         if self.number is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
         self.number = number
+        if self._at_once:
+            raise Stopped(f"stopped while {self._at_once}", self.exit_code)
         again = "; Ctrl-C again leaves at once, without saving" if number == signal.SIGINT else ""
         # Not print: the signal may have come in the midst of one.
         os.write(2, f"\n{signal.Signals(number).name}: leaving after this step{again}\n".encode())

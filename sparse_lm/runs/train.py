@@ -61,7 +61,7 @@ def train(config: configs.Config, workdir: epath.PathLike, init_from: str = "") 
         use_compilation_cache(config)
         program = build(config, make_mesh(config.mesh))
         _log_routing(config.model, program.mesh)
-        with clock.phase("data", "preparing the data"):
+        with clock.phase("data", "preparing the data"), signal.at_once("preparing the data"):
             corpus = data.prepare(with_tokenizer(config, tokenizer))
         splits, batches = _splits(config, corpus), _batches(config, corpus)
         info = {

@@ -16,7 +16,7 @@ def read_prompts(path: epath.PathLike, field: str) -> list[tuple[str, str]]:
         field: of a line of the .jsonl file.
 
     Returns:
-        (name, prompt) of each .txt file, without a newline at its end, or of each line, named FILE:LINE.
+        (name, prompt) of each .txt file, without a line end at its end, or of each line, named FILE:LINE.
 
     Raises:
         UserError: if there are no prompts, one is not UTF-8, or a line is not JSON or has no text in the field.
@@ -35,7 +35,7 @@ def _read_folder(folder: epath.Path) -> list[tuple[str, str]]:
     files = sorted(folder.glob("*.txt"), key=lambda path: path.name)
     if not files:
         raise UserError(f"there are no prompts: {folder} has no .txt file")
-    return [(path.name, _read_text(path).removesuffix("\n")) for path in files]
+    return [(path.name, _read_text(path).removesuffix("\n").removesuffix("\r")) for path in files]
 
 
 def _read_jsonl(path: epath.Path, field: str) -> list[tuple[str, str]]:
@@ -45,7 +45,7 @@ def _read_jsonl(path: epath.Path, field: str) -> list[tuple[str, str]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not JSON") from error
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             raise UserError(f"{path}, line {number} has no text in a field {field!r}")
@@ -59,7 +59,7 @@ def _read_jsonl(path: epath.Path, field: str) -> list[tuple[str, str]]:
 
 def _read_text(path: epath.Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 at byte {error.start}") from error
     except OSError as error:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from sparse_lm.data.folder import PIECE_BYTES, Folder
+from sparse_lm.data.folder import PIECE_BYTES, RECORD_CHARACTERS, Folder
 from sparse_lm.errors import UserError
 
 
@@ -120,3 +120,45 @@ def test_bad_folders(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match="a.txt is a file, not a folder"):
         Folder(str(tmp_path / "a.txt")).fingerprint()
+
+
+def test_links_pipes_and_files_of_other_kinds_are_left_out_and_counted(tmp_path):
+    folder = tmp_path / "f"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.txt").write_text("one")
+    (folder / "sub/b.txt").write_text("two")
+    for name in ("latest", "current", "sub/up"):  # 2^40 paths, were they followed
+        (folder / name).symlink_to(folder)
+    (tmp_path / "out.txt").write_text("not in the folder")
+    (folder / "out.txt").symlink_to(tmp_path / "out.txt")
+    (folder / "zero.txt").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.txt")
+    for name in ("B.TXT", "c.json", "d.json", "LICENSE"):
+        (folder / name).write_text("three")
+    made = Folder(str(folder))
+    assert [d.text for d in made.documents()] == ["one", "two"]
+    assert made.left_out == (
+        "1 files named *.TXT, 2 files named *.json, 1 files named *LICENSE, 1 pipes or devices, 5 symbolic links"
+    )
+    (tmp_path / "link").symlink_to(folder)  # the folder itself may be one
+    assert len(list(Folder(str(tmp_path / "link")).documents())) == 2
+
+
+def test_text_in_utf_16_without_a_mark_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes("some text".encode("utf-16-le"))
+    with pytest.raises(UserError, match="a.txt: byte 1 is 0, which no text has; if it is UTF-16, convert it"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "1" * 5_000, '{"a":' * 100_000])
+def test_json_that_python_can_not_hold_is_named(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "x", "n": ' + value)
+    with pytest.raises(UserError, match="a.jsonl, line 2: "):
+        read(tmp_path)
+
+
+def test_a_long_record_is_cut_and_nothing_is_lost(tmp_path):
+    text = "".join(chr(97 + i % 26) for i in range(2 * RECORD_CHARACTERS + 5))
+    (tmp_path / "a.jsonl").write_text(jsonl({"text": text}, {"text": "short"}).decode())
+    texts = [d.text for d in Folder(str(tmp_path)).documents()]
+    assert [len(t) for t in texts] == [RECORD_CHARACTERS, RECORD_CHARACTERS, 5, 5] and "".join(texts[:3]) == text

@@ -1,5 +1,7 @@
+import json
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -103,3 +105,14 @@ def test_a_feature_that_is_no_text(data_dir):
 
 def test_a_set_without_a_training_split(data_dir):
     assert "has no split 'train'; it has: test" in message("tiny_stories/no_train", data_dir)
+
+
+@pytest.mark.parametrize("name", ["evil.X", "tensorflow_datasets.core.features.../evil", "os.system", 3])
+def test_features_that_are_not_the_librarys_own_are_not_built(data_dir, tmp_path, name):
+    shutil.copytree(f"{data_dir}/tiny_stories", tmp_path / "tiny_stories")
+    file = tmp_path / "tiny_stories/all/1.2.0/features.json"
+    description = json.loads(file.read_text())
+    description["featuresDict"]["features"]["text"]["pythonClassName"] = name
+    file.write_text(json.dumps(description))
+    with pytest.raises(UserError, match="only those of tensorflow_datasets can be read"):
+        TfdsSet("tiny_stories/all", data_dir=str(tmp_path)).fingerprint()

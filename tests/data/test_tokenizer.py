@@ -143,3 +143,65 @@ def test_a_file_of_another_kind_is_refused(tmp_path, name, content, message):
 def test_a_missing_file_is_named():
     with pytest.raises(UserError, match="no/such.json.* can't be read: No such file"):
         tokenizers.load("no/such.json")
+
+
+def changed(trained, change) -> bytes:
+    description = json.loads(trained.file)
+    change(description)
+    return json.dumps(description).encode()
+
+
+def with_end(name: str, *others: str):
+    def change(description):
+        vocabulary = description["model"]["vocab"]
+        vocabulary[name] = vocabulary.pop("<|endoftext|>")
+        token = description["added_tokens"][0]
+        names = [name, *others]
+        vocabulary |= {other: len(vocabulary) + i for i, other in enumerate(others)}
+        description["added_tokens"] = [token | {"id": vocabulary[one], "content": one} for one in names]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "name, others",
+    [
+        ("<｜end▁of▁sentence｜>", ("<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>")),  # DeepSeek
+        ("<EOS_TOKEN>", ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>")),  # Cohere
+        ("[EOS]", ("[BOS]", "[EOT]", "[PAD]")),  # Kimi
+    ],
+)
+def test_a_special_token_that_calls_itself_an_end_is_one(trained, name, others):
+    found = tokenizers.from_json(changed(trained, with_end(name, *others)))
+    assert found.end_of_text == trained.end_of_text and found.pieces[found.end_of_text] == b""
+    assert found.end_of_text not in found.encode(f"a {name} b")
+
+
+def test_two_that_do_are_refused(trained):
+    with pytest.raises(UserError, match="2 special tokens that call themselves an end"):
+        tokenizers.from_json(changed(trained, with_end("[EOS]", "<EOD>")))
+
+
+def test_encoding_leaves_nothing_to_chance(trained):
+    dropping = tokenizers.from_json(changed(trained, lambda d: d["model"].update(dropout=0.5)))
+    text = TEXTS[0] * 5
+    assert all(dropping.encode(text) == trained.encode(text) for _ in range(20))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda d: d["model"]["vocab"].update({"日本": 300}), "its token '日本' does not stand for bytes"),
+        (
+            lambda d: d["model"]["vocab"].update({"x" * 9: 400_000_000}),
+            "ids up to 400000000; from 0 to below 16,777,216",
+        ),
+    ],
+)
+def test_a_vocabulary_that_can_not_be_used_is_refused(trained, change, words):
+    with pytest.raises(UserError, match=words):
+        tokenizers.from_json(changed(trained, change))
+
+
+def test_a_piece_that_only_looks_like_a_byte_is_text():
+    assert tokenizers._piece_bytes("<0xZZ>") == b"<0xZZ>" and tokenizers._piece_bytes("<0x0A>") == b"\n"

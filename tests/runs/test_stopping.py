@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from sparse_lm.errors import Stopped
 from sparse_lm.runs.stopping import StopSignal
 
 
@@ -24,6 +25,24 @@ def test_the_first_signal_is_remembered(number, code, capfd):
     assert capfd.readouterr().err.strip().startswith(f"{number.name}: leaving after this step")
 
 
+def test_where_nothing_has_to_be_saved_the_first_signal_ends_at_once():
+    with StopSignal() as stop:
+        with (
+            pytest.raises(Stopped, match="stopped while preparing the data") as left,
+            stop.at_once("preparing the data"),
+        ):
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("it goes on")
+        assert left.value.exit_code == 143
+        with pytest.raises(Stopped), stop.at_once("preparing more"):  # a signal that came before is seen too
+            raise AssertionError("it goes on")
+    with StopSignal() as stop:
+        with stop.at_once("preparing the data"):
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested(1) == signal.SIGTERM
+
+
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupt_after_a_signal_interrupts(first):
     with StopSignal(), pytest.raises(KeyboardInterrupt):
@@ -33,6 +52,7 @@ def test_an_interrupt_after_a_signal_interrupts(first):
 
 TRAIN = """
 import sys, time, jax
+from sparse_lm.errors import Stopped
 from sparse_lm.runs.stopping import StopSignal
 count = int(sys.argv[2])
 jax.distributed.initialize(sys.argv[1], count, int(sys.argv[3]))

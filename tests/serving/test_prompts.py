@@ -48,3 +48,14 @@ def test_a_folder_with_a_text_that_is_a_folder_is_told(tmp_path):
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(UserError, match="a.txt can't be read: Is a directory"):
         read_prompts(tmp_path, "prompt")
+
+
+def test_marks_and_line_ends_of_windows_are_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/a.txt").write_bytes("\ufeffone\r\ntwo\r\n".encode())
+    assert read_prompts(tmp_path / "p", "text") == [("a.txt", "one\r\ntwo")]
+    (tmp_path / "p.jsonl").write_bytes('\ufeff{"text": "one"}\r\n{"text": "two"}\r\n'.encode())
+    assert [prompt for _, prompt in read_prompts(tmp_path / "p.jsonl", "text")] == ["one", "two"]
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="deep.jsonl, line 1 is not JSON"):
+        read_prompts(tmp_path / "deep.jsonl", "text")
