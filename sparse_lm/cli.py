@@ -71,7 +71,7 @@ def _evaluate_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "sources",
         None,
-        "other text to evaluate on, as in --config.data.sources; by default the held-out text of the run",
+        "other text, written as --config.data.sources, to measure validation and test of; by default the run's",
         flag_values=values,
     )
 

@@ -54,7 +54,7 @@ def build_here(config: configs.Config, mesh: configs.Mesh | None = None, keep_ba
         why = DoesNotFit("it would leave every device all parameters")
     except DoesNotFit as misfit:
         why = misfit
-    log.info("the run's own mesh does not fit here: %s", why)
+    log.info("the run's own mesh is not taken here: %s", why)
     devices = jax.devices()
     one = on(configs.Mesh(data=1), devices[:1])
     parameters, batch = (jax.tree.leaves(tree) for tree in (one.abstract_state.parameters, one.abstract_batch))

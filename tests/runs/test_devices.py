@@ -99,7 +99,7 @@ def test_otherwise_each_device_gets_as_few_bytes_as_can_be(caplog, fields):
     else:
         assert fewest < whole * 0.6
     misfit, chosen = caplog.messages
-    assert misfit.startswith("the run's own mesh does not fit here: ") and "there are 8" in misfit
+    assert misfit.startswith("the run's own mesh is not taken here: ") and "there are 8" in misfit
     assert f"each holds {fewest / 1e6:.1f} of the {whole / 1e6:.1f} MB of parameters" in chosen
 
 
