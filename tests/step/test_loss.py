@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from sparse_lm.models import functional
+from sparse_lm.models import attention, functional
 from sparse_lm.step.loss import loss, packed_context, token_losses
 from tests import tiny
 
@@ -22,18 +23,22 @@ def losses():
     return lambda batch: run(jax.tree.map(jnp.asarray, batch), jax.random.key(1))
 
 
-def test_tokens_attend_to_earlier_ones_of_their_document():
+def test_tokens_attend_to_earlier_ones_of_their_document(monkeypatch):
     segments = np.array([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0]], np.int32)
     rows = {name: jnp.asarray(segments) for name in ("inputs", "positions", "segments")}
-    context = packed_context(rows, 1.5)
+    context, masks = packed_context(rows, 1.5), []
+    monkeypatch.setattr(attention, "attend", lambda query, key, value, mask: masks.append(mask) or query)
+    layer = attention.FullAttention(CONFIG.model, nnx.Rngs(params=0))
+    layer(jnp.zeros((*segments.shape, CONFIG.model.width)), context)
+    (mask,) = masks
     for b in range(2):
         for i in range(6):
             for j in range(6):
                 if segments[b, i]:
-                    assert context.mask[b, i, j] == (j <= i and segments[b, i] == segments[b, j])
+                    assert mask[b, i, j] == (j <= i and segments[b, i] == segments[b, j])
     np.testing.assert_array_equal(context.valid, segments > 0)
     assert context.capacity_factor == 1.5
-    assert context.mask.any(axis=-1).all()  # an empty row of the mask would be a softmax over nothing
+    assert mask.any(axis=-1).all()  # an empty row of the mask would be a softmax over nothing
 
 
 def test_the_loss_of_a_token_is_minus_the_logarithm_of_its_probability():
