@@ -5,8 +5,10 @@ import dataclasses
 import errno
 import json
 import logging
+import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -80,7 +82,9 @@ def _compare_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "the comparison's folder", flag_values=values)
     flags.DEFINE_integer("seeds", 1, "runs of each side, which differ in the seed", flag_values=values, lower_bound=1)
     flags.DEFINE_bool("sweep_learning_rate", False, "find each side's own learning rate first", flag_values=values)
-    flags.DEFINE_float("price_per_hour", None, "of all devices together; adds what each side costs", flag_values=values)
+    flags.DEFINE_float(
+        "price_per_hour", None, "of all devices together; adds what each side costs", 0, 1e9, flag_values=values
+    )
     _distributed_flags(values)
 
 
@@ -135,7 +139,13 @@ def _compare(options: flags.FlagValues, folders: list[str]) -> None:
     from sparse_lm.scaling.compare import compare, compare_runs
     from sparse_lm.scaling.report import format_summary
 
+    if options.price_per_hour is not None and math.isnan(options.price_per_hour):
+        raise UserError("--price-per-hour is nan; it must be a number")
     if folders:
+        if unused := [name for name in ("seeds", "sweep_learning_rate") if options[name].present]:
+            raise UserError(
+                f"--{unused[0].replace('_', '-')} is for runs to be trained; {' and '.join(folders)} are done"
+            )
         print(format_summary(compare_runs(*folders, options.workdir, options.price_per_hour)))
         return
     config = resolve(options.config)
@@ -226,13 +236,11 @@ def _mesh(options: flags.FlagValues) -> Mesh | None:
 
 
 def _join_processes(options: flags.FlagValues) -> None:
-    """Joins the other processes of a run; must run before jax starts its devices."""
     import jax
 
-    if options.coordinator:
-        jax.distributed.initialize(options.coordinator, options.processes, options.process)
-    elif options.distributed:
-        jax.distributed.initialize()
+    from sparse_lm.runs.processes import join
+
+    join(options.distributed, options.coordinator, options.processes, options.process)
     if jax.process_index() > 0:
         logging.getLogger("sparse_lm").setLevel(logging.WARNING)
 
@@ -273,12 +281,16 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # warnings of XLA, no information
     try:
         _dispatch(argv)
+        sys.stdout.flush()
     except UserError as error:
         _exit(error, 2)
     except RunFailed as error:
         _exit(error, 1)
     except Stopped as error:
         _exit(error, error.exit_code)
+    except BrokenPipeError:  # nobody reads on, as after `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno is None:
             raise

@@ -270,6 +270,8 @@ def _check_fit(config: Config) -> None:
     model, training = config.model, config.training
     if "/" in config.name or config.name in (".", ".."):
         raise UserError(f"name is {config.name!r}; it must be without slashes (--workdir says where a run goes)")
+    if 0 < training.watchdog < 1:
+        raise UserError(f"training.watchdog is {training.watchdog}; it must be 0 or at least 1 second")
     if not config.cache:
         raise UserError("cache is empty; it must be a folder, as ~/.cache/sparse_lm")
     check_mesh(config.mesh)

@@ -15,6 +15,7 @@ def config(tmp_path_factory):
     return commands.write_config(tmp_path_factory.mktemp("cli"))
 
 
+TRAIN = ["train", "--config=configs/quickstart.py"]
 FROM = "from sparse_lm.config import Config, Model\ndef get_config(): return "
 
 
@@ -49,6 +50,19 @@ def said(capsys, *arguments: str, code: int = 2) -> str:
         ),
         (["compare", "one", "two"], "there is no run in one"),
         (["compare", "one"], "two runs"),
+        (["compare", "one", "two", "--seeds=2"], "--seeds is for runs to be trained; one and two are done"),
+        (["compare", "one", "two", "--price-per-hour=nan"], "--price-per-hour is nan"),
+        (["compare", "one", "two", "--price-per-hour=-1"], "price_per_hour"),
+        ([*TRAIN, "--coordinator=x"], "--coordinator is 'x'; it must be HOST:PORT"),
+        ([*TRAIN, "--coordinator=x:99999", "--processes=2"], "--coordinator is 'x:99999'; it must be HOST:PORT"),
+        ([*TRAIN, "--processes=0"], "--process is 0 and --processes 0; they are numbered from 0"),
+        ([*TRAIN, "--processes=-1"], "--process is 0 and --processes -1"),
+        ([*TRAIN, "--process=5"], "--process is 5 and --processes 1"),
+        ([*TRAIN, "--processes=2"], "--processes is 2; it needs --coordinator=HOST:PORT"),
+        ([*TRAIN, "--workdir=bad://x"], "bad:// is no store that can be used"),
+        ([*TRAIN, "--workdir=nothing", "--init-from=nowhere@²"], "there is no run in "),
+        ([*TRAIN, "--config.training.watchdog=1e-9"], "it must be 0 or at least 1 second"),
+        (["generate", "--workdir=nowhere", "--prompt=\udcff"], "--prompt is not UTF-8"),
     ],
 )
 def test_a_wrong_command(capsys, arguments, answer):
@@ -186,6 +200,12 @@ def test_a_folder_that_another_process_writes_to(capsys, config, tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_reader_that_has_seen_enough_is_nobodys_mistake(config):
+    command = f"{sys.executable} -m sparse_lm info --config={config} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode in (0, 141) and done.stderr == "" and done.stdout.count("\n") == 1
 
 
 def test_help_lists_the_commands(capsys):

@@ -215,7 +215,7 @@ class Table:
         """Removes the rows after `step`, those that aren't stored yet too."""
         self.close()
         for path in _files(self.folder, self.name):
-            text = path.read_text()
+            text = _read_text(path)
             kept = "".join(json.dumps(row) + "\n" for row in _parse(path, text) if row["step"] <= step)
             if not kept:
                 path.unlink()
@@ -250,7 +250,7 @@ def read_info(path: epath.PathLike) -> dict[str, Any]:
 
 def read_rows(path: epath.PathLike, name: str) -> list[dict[str, Any]]:
     """The rows of `metrics` or `eval` in a run's folder, without a last line that is not whole yet."""
-    return [row for file in _files(user_path(path), name) for row in _parse(file, file.read_text())]
+    return [row for file in _files(user_path(path), name) for row in _parse(file, _read_text(file))]
 
 
 def read_summary(path: epath.PathLike) -> dict[str, Any] | None:
@@ -270,9 +270,12 @@ def _parse(path: epath.Path, text: str) -> list[dict[str, Any]]:
         if not line.endswith("\n"):
             break
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}, is not JSON: {error}") from error
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise UserError(f"{path}, line {number}, is no row of figures: it has no whole number as its step")
+        rows.append(row)
     return rows
 
 
@@ -291,10 +294,17 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
         raise
 
 
+def _read_text(path: epath.Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}") from error
+
+
 def _read(path: epath.Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        values = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}; it must hold an object")

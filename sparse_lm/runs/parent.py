@@ -1,6 +1,7 @@
 """What a run begins from: random parameters, or those of another run, its parent. A parent is read once."""
 
 import os
+import re
 from typing import NamedTuple
 
 from etils import epath
@@ -130,5 +131,5 @@ def _real(path: str) -> str:
 
 def _split(run: str) -> tuple[str, int | None]:
     path, _, step = run.rpartition("@")
-    path, step = (path, int(step)) if step.isdigit() else (run, None)
+    path, step = (path, int(step)) if re.fullmatch("[0-9]{1,10}", step) else (run, None)
     return str(user_path(path)), step

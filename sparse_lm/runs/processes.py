@@ -7,6 +7,7 @@ compiled program, and waits as long as it is told to.
 import contextlib
 import itertools
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,9 +16,41 @@ import orbax.checkpoint as ocp
 
 from sparse_lm.errors import RunFailed, UserError
 
+log = logging.getLogger("sparse_lm")
+
+JOINED_WITHIN = 300  # seconds
 TIMEOUT = 600.0  # seconds; longer than any process does without the others (waiting for a claim to lapse: 180 s)
 
 _numbers = itertools.count()
+
+
+def join(distributed: bool, coordinator: str, processes: int, process: int) -> None:
+    """Joins the other processes; must run before jax starts its devices.
+
+    Args:
+        distributed: they find each other (Cloud TPU, Slurm).
+        coordinator: HOST:PORT of process 0, where they do not; "": they do, or this one is alone.
+        processes: how many there are, with a coordinator.
+        process: which one this is.
+
+    Raises `UserError` for what can't be, and where the others are not found.
+    """
+    host, _, port = coordinator.rpartition(":")
+    if coordinator and not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise UserError(f"--coordinator is {coordinator!r}; it must be HOST:PORT, as 10.0.0.1:8476")
+    if not 0 <= process < processes:
+        raise UserError(f"--process is {process} and --processes {processes}; they are numbered from 0")
+    if not coordinator and processes > 1:
+        raise UserError(f"--processes is {processes}; it needs --coordinator=HOST:PORT, where process 0 is found")
+    try:
+        if coordinator:
+            log.info("process %d of %d waits for the others, %s", process, processes, coordinator)
+            jax.distributed.initialize(coordinator, processes, process, initialization_timeout=JOINED_WITHIN)
+        elif distributed:
+            jax.distributed.initialize(initialization_timeout=JOINED_WITHIN)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the other processes are not found ({reason}); see --coordinator") from error
 
 
 def exchange(what: str, value: Any, timeout: float = TIMEOUT) -> list[Any]:

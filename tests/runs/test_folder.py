@@ -211,6 +211,22 @@ def test_a_run_that_fails_before_it_begins_leaves_no_folder(tmp_path):
     assert read_config(tmp_path / "some") == config()
 
 
+@pytest.mark.parametrize("content", [b"\xff", b"[]", b"null", b"3", b"[" * 100_000, b"{"])
+def test_a_damaged_config_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match="config.json"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row", [b"\xff", b"[]", b"null", b'{"loss": 3.0}', b'{"step": "3"}', b'{"step": 1.5}', b"[" * 100_000]
+)
+def test_a_damaged_row_is_named(tmp_path, row):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + row + b"\n")
+    with pytest.raises(UserError, match="metrics.jsonl(, line 2,)? is no"):
+        read_rows(tmp_path, "metrics")
+
+
 @pytest.mark.parametrize("left", ["checkpoints", "metrics.jsonl", "eval-00000100.jsonl", "summary.json"])
 def test_parts_of_a_run_without_its_config_are_no_new_run(tmp_path, left):
     (tmp_path / left).mkdir() if left == "checkpoints" else (tmp_path / left).write_text("")
