@@ -19,7 +19,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import tensorstore as ts
 from etils import epath
@@ -35,35 +35,10 @@ LAPSES_AFTER = 180.0  # seconds; the owner itself gives up after half of them, w
 ANSWERED_WITHIN = 10.0  # seconds, for one read or write
 
 
-@runtime_checkable
-class Hold(Protocol):
-    """A folder that is held by this process, until `release`."""
-
-    @property
-    def lost(self) -> str:
-        """Why the folder is no longer held, on one line; empty while it is. Asks nobody: it costs nothing."""
-
-    def release(self, remove: bool = False) -> None:
-        """Lets others hold the folder. remove: leave nothing of the hold in it."""
-
-
-def hold(folder: epath.Path, while_waiting: Callable[[], None] = lambda: None) -> Hold:
-    """Holds a folder that exists, on a disk or in an object store.
-
-    Args:
-        folder: where.
-        while_waiting: called about every second while the claim of another process is watched, which takes up to
-            `LAPSES_AFTER` seconds. What it raises ends the waiting.
-
-    Raises `UserError` where a living process holds the folder, or the object store can't be written.
-    """
-    return Claim(str(folder), while_waiting) if in_object_store(folder) else Lock(folder)
-
-
 class Lock:
     """A folder on a disk, held for as long as a file in it is open and locked."""
 
-    lost = ""
+    lost = ""  # as `Claim.lost`: a lock is never lost
 
     def __init__(self, folder: epath.Path):
         self._path = folder / NAME
@@ -83,6 +58,7 @@ class Lock:
         os.write(self._file, _this_process().encode())
 
     def release(self, remove: bool = False) -> None:
+        """Lets others hold the folder. remove: leave nothing of the lock in it."""
         if remove:
             self._path.unlink()
         os.close(self._file)
@@ -141,8 +117,11 @@ class Claim:
 
     @property
     def lost(self) -> str:
-        """Why the claim is no longer held: another process has it, it was deleted, or it could not be renewed for so
-        long that another may soon have it."""
+        """Why the claim is no longer held, on one line; empty while it is. It costs nothing: nobody is asked.
+
+        Another process has the claim, it was deleted, or it could not be renewed for so long that another may soon have
+        it.
+        """
         silent = _now() - self._renewed
         if not self._lost and silent > self._lapses_after / 2:
             fault = f" ({self._fault})" if self._fault else ""
@@ -150,7 +129,7 @@ class Claim:
         return self._lost
 
     def release(self, remove: bool = False) -> None:
-        """Deletes the claim if it is still this one."""
+        """Lets others hold the folder: deletes the claim if it is still this one. Nothing of it is left."""
         self._released.set()
         self._thread.join()
         self._renewed = math.inf
@@ -222,6 +201,22 @@ class Claim:
 
     def _delete(self) -> bool:
         return bool(_answer(self._store.write(NAME, None, if_equal=self._generation)).generation)
+
+
+Hold = Lock | Claim  # of a folder, by this process, until `release`
+
+
+def hold(folder: epath.Path, while_waiting: Callable[[], None] = lambda: None) -> Hold:
+    """Holds a folder that exists, on a disk or in an object store.
+
+    Args:
+        folder: where.
+        while_waiting: called about every second while the claim of another process is watched, which takes up to
+            `LAPSES_AFTER` seconds. What it raises ends the waiting.
+
+    Raises `UserError` where a living process holds the folder, or the object store can't be written.
+    """
+    return Claim(str(folder), while_waiting) if in_object_store(folder) else Lock(folder)
 
 
 def _now() -> float:
