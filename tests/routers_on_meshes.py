@@ -1,10 +1,13 @@
 """Run by test_mesh.py in a process with eight CPU devices: steps of a tiny model with every router, executor and mesh.
 
 Balance is over the whole batch, and nothing overflows a buffer: then all of them are to agree with one device. Prints
-the largest differences as one line of JSON. Arguments: names of routers, all of them without.
+the largest differences as one line of JSON. Arguments: names of routers, all of them without; or "axes": one router, on
+meshes of one axis or two.
 """
 
+import itertools
 import json
+import math
 import sys
 
 import jax
@@ -12,7 +15,7 @@ import numpy as np
 
 from sparse_lm import config as configs
 from sparse_lm.experts import EXECUTORS
-from sparse_lm.mesh import make_mesh
+from sparse_lm.mesh import AXES, make_mesh
 from sparse_lm.routing import ROUTERS
 from sparse_lm.step.build import build
 from tests import tiny
@@ -22,19 +25,28 @@ MESHES = {
     "data 2, fsdp 2, expert 2": {"data": 2, "fsdp": 2, "expert": 2},
     "fsdp 2, expert 2, tensor 2": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
 }
+# Those of every axis alone and of every pair of axes that eight_devices.py has not.
+FEW_AXES = {
+    " × ".join(axes): {"data": 1} | dict.fromkeys(axes, 2)
+    for axes in [("tensor",), *itertools.combinations(AXES, 2)]
+    if axes != ("data", "tensor")
+}
 STEPS = 3
 PADDING = (0, 3, 7, 1, 2, 0, 5, 12)
 
 
 def main() -> None:
     found = {}
-    for name in sys.argv[1:] or ROUTERS:
+    names, meshes = sys.argv[1:] or list(ROUTERS), MESHES
+    if names == ["axes"]:
+        names, meshes = ["switch"], FEW_AXES
+    for name in names:
         of_model = vars(table.config(name, balance_over="batch", kv_heads=4).model)
         fields = {f"model__{field}": value for field, value in of_model.items() if not field.startswith("_")}
         one = run(fields, "auto", {"data": 1}, 1)
-        for executor in executors(name):
-            for mesh, sizes in MESHES.items():
-                many = run(fields, executor, sizes, 8)
+        for executor in executors(name) if meshes is MESHES else ["gather"]:
+            for mesh, sizes in meshes.items():
+                many = run(fields, executor, sizes, math.prod(sizes.values()))
                 found[f"{name}, {executor}, {mesh}"] = difference(many, one)
     print(json.dumps(found))
 

@@ -26,11 +26,11 @@ RUNS += [f"{executor}, {name}" for executor in ("einsum", "grouped") for name in
 E, C, D, F, GROUPS = 8, 3, 16, 32, 8  # of the model in eight_devices.py
 
 
-def on_eight_devices(module, timeout):
+def on_eight_devices(module, timeout, *arguments):
     """What a module prints, and its stderr."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     root = os.path.dirname(os.path.dirname(__file__))
-    command = [sys.executable, "-W", "error", "-m", module]
+    command = [sys.executable, "-W", "error", "-m", module, *arguments]
     done = subprocess.run(command, cwd=root, env=os.environ | flags, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
@@ -45,6 +45,13 @@ def eight():
 def trained(eight):
     found, stderr = eight
     return found["runs"], stderr
+
+
+def test_meshes_of_one_axis_or_two_agree_with_one_device():
+    found, stderr = on_eight_devices("tests.routers_on_meshes", 900, "axes")
+    assert "nvoluntary full rematerialization" not in stderr, stderr
+    assert len(found) == 6
+    assert {name: difference for name, difference in found.items() if difference > 1e-5} == {}
 
 
 @pytest.mark.slow

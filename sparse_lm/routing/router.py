@@ -117,8 +117,10 @@ def choose_top(scores: Float[Array, "G S E"], k: int, replay: Int[Array, "G S K"
 
 
 def largest_k(scores: Float[Array, "*N E"], k: int) -> tuple[Float[Array, "*N K"], Int[Array, "*N K"]]:
-    """The k largest scores, and where they are. With slices of them fused in, XLA would sort all E on a CPU."""
-    return jax.lax.optimization_barrier(tuple(jax.lax.top_k(scores, k)))
+    """The k largest scores, and where they are. With slices of them fused in, XLA would sort all E on a CPU; with one
+    barrier around both, it aborts where the tensor axis alone divides a step."""
+    values, indices = jax.lax.top_k(scores, k)
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(indices)
 
 
 def gather_chosen(values: Float[Array, "G S E"], expert: Int[Array, "G S K"]) -> Float[Array, "G S K"]:
