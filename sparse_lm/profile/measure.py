@@ -18,6 +18,7 @@ from sparse_lm.cost import count_flops, optimizer_flops
 from sparse_lm.cost.machine import Machine, find_machine
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import make_mesh
+from sparse_lm.paths import user_path
 from sparse_lm.profile import program, timeline
 from sparse_lm.profile.program import PARTS, REST, Scope
 from sparse_lm.step.build import Build, build
@@ -88,7 +89,8 @@ def profile_steps(config: configs.Config, steps: int = 5, trace: str = "") -> Pr
     """
     if steps < 1:
         raise UserError(f"--steps is {steps}; at least 1 step has to be profiled")
-    folder = Path(trace and user_path(trace))
+    trace = trace and str(user_path(trace))
+    folder = Path(trace)
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir():
         raise UserError(f"--trace is {trace}, but {parent} is a file; it has to be a folder, made where there is none")

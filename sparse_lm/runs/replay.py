@@ -9,7 +9,7 @@ from etils import epath
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
 from sparse_lm.mesh import sharding
-from sparse_lm.routing import TokenChoice
+from sparse_lm.routing import TokenChoice, router_of
 from sparse_lm.runs.checkpoints import Checkpoints
 from sparse_lm.runs.devices import build_here
 from sparse_lm.runs.folder import read_config, read_rows

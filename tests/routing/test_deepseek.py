@@ -8,7 +8,8 @@ from flax import nnx
 
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
-from sparse_lm.routing.deepseek import DeepSeek
+from sparse_lm.registry import create
+from sparse_lm.routing import ROUTERS
 from tests import tiny
 
 G, S, D, E, K = 3, 10, 16, 8, 3
@@ -21,7 +22,7 @@ SCORES = {
 
 def router(experts=E, top_k=K, over="group", **options):
     model = tiny.config(model__experts=experts, model__top_k=top_k, model__balance_over=over).model
-    return DeepSeek(model, nnx.Rngs(params=0), **options)
+    return create("model.router", ROUTERS, configs.choice("deepseek", **options), model, nnx.Rngs(params=0))
 
 
 def apply(made, kernel, x, valid, bias, given=None):
@@ -218,10 +219,10 @@ def test_the_bias_is_the_same_over_microbatches():
     [
         ({}, dict(score="sigmiod"), "model.router.options.score is 'sigmiod'; did you mean 'sigmoid'?"),
         ({}, dict(groups=3), "groups is 3, which does not divide model.experts=8"),
-        ({}, dict(groups=0), "groups is 0, which does not divide model.experts=8"),
+        ({}, dict(groups=0), "groups is 0; it must be at least 1"),
         ({}, dict(groups=8, groups_kept=4), "groups is 8 of 1 expert each"),
         ({}, dict(groups=2, groups_kept=3), "groups_kept is 3; it must be 1 to groups=2"),
-        ({}, dict(groups_kept=0), "groups_kept is 0; it must be 1 to groups=1"),
+        ({}, dict(groups_kept=0), "groups_kept is 0; it must be at least 1"),
         ({}, dict(groups=4), "model.top_k is 3, above the 2 experts of groups_kept=1 groups"),
     ],
 )

@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparse_lm import config as configs
 from sparse_lm.errors import UserError
-from sparse_lm.routing.deepseek import DeepSeek
-from sparse_lm.routing.quantile import Quantile
+from sparse_lm.registry import create
+from sparse_lm.routing import ROUTERS
 from tests import tiny
 
 G, S, D, E, K = 3, 40, 16, 8, 3
 
 
-def router(experts=E, top_k=K, kind=Quantile, **options):
-    return kind(tiny.config(model__experts=experts, model__top_k=top_k).model, nnx.Rngs(params=0), **options)
+def router(experts=E, top_k=K, kind="quantile", **options):
+    model = tiny.config(model__experts=experts, model__top_k=top_k).model
+    return create("model.router", ROUTERS, configs.choice(kind, **options), model, nnx.Rngs(params=0))
 
 
 def apply(made, kernel, x, valid, bias, given=None):
@@ -111,7 +113,7 @@ def test_a_skewed_stream_is_balanced_within_few_steps():
     assert spread[0] > 1
     assert spread[5:].max() < 0.1
     for rate in (0.001, 0.01):
-        assert skewed(router(top_k=2, kind=DeepSeek, bias_rate=rate), 10).min() > 0.3
+        assert skewed(router(top_k=2, kind="deepseek", bias_rate=rate), 10).min() > 0.3
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -160,5 +162,5 @@ def test_where_every_expert_is_chosen_there_is_no_bias(experts):
 
 
 def test_a_quantile_needs_bins():
-    with pytest.raises(UserError, match="model.router.options.bins is 1; a quantile needs at least 2"):
+    with pytest.raises(UserError, match="model.router.options.bins is 1; it must be at least 2"):
         router(bins=1)

@@ -8,7 +8,8 @@ from flax import nnx
 
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
-from sparse_lm.routing.remoe import ReMoE
+from sparse_lm.registry import create
+from sparse_lm.routing import ROUTERS
 from tests import tiny
 
 G, S, D, E, K = 3, 10, 16, 8, 2
@@ -17,7 +18,7 @@ STATE = {"coefficient": jnp.float32(0.3)}
 
 def router(over="group", top_k=K, **options):
     model = tiny.config(model__experts=E, model__top_k=top_k, model__balance_over=over).model
-    return ReMoE(model, nnx.Rngs(params=0), **options)
+    return create("model.router", ROUTERS, configs.choice("remoe", **options), model, nnx.Rngs(params=0))
 
 
 def apply(made, kernel, x, valid, given=None, state=STATE):
@@ -183,8 +184,8 @@ def test_training_moves_the_coefficient_once_a_step():
         (dict(coefficient=0.0), "coefficient is 0.0; it must be above 0 and below 1"),
         (dict(coefficient=1.0), "coefficient is 1.0; it must be above 0 and below 1"),
         (dict(multiplier=1.0), "multiplier is 1.0; it must be above 1"),
-        (dict(bound=0.5), "bound is 0.5; it must be 1 or above, inf for no bound"),
-        (dict(bound=math.nan), "bound is nan; it must be 1 or above, inf for no bound"),
+        (dict(bound=0.5), "bound is 0.5; it must be at least 1"),
+        (dict(bound=math.nan), "bound is nan; it must be at least 1"),
     ],
 )
 def test_what_does_not_fit_is_one_line(options, message):

@@ -8,6 +8,8 @@ from flax import nnx
 
 from sparse_lm import config as configs
 from sparse_lm.errors import UserError
+from sparse_lm.registry import create
+from sparse_lm.routing import ROUTERS
 from sparse_lm.routing.sinkhorn import Sinkhorn, balanced
 from tests import tiny
 from tests.routing import leaning
@@ -19,9 +21,8 @@ KEY = jax.random.key(0)
 
 def router(top_k=1, **options):
     choice = configs.choice("sinkhorn", **options)
-    return Sinkhorn(
-        tiny.config(model__experts=E, model__top_k=top_k, model__router=choice).model, nnx.Rngs(0), **options
-    )
+    model = tiny.config(model__experts=E, model__top_k=top_k, model__router=choice).model
+    return create("model.router", ROUTERS, choice, model, nnx.Rngs(0))
 
 
 tokens = functools.partial(leaning.tokens, GROUPS, SIZE, D)
