@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from sparse_lm.command_line import define_config
+from sparse_lm.command_line import define_config, quote_text
 from sparse_lm.config import Mesh, resolve
 from sparse_lm.errors import RunFailed, Stopped, UserError, suggest
 from sparse_lm.host_memory import keep_freed_memory
@@ -358,6 +358,7 @@ def _dispatch(argv: list[str]) -> None:
     _check_flags(name, command, values, arguments)
     line = [name, *arguments]
     if command.config and not folders:
+        line = [quote_text(argument) for argument in line]
         define_config(values, line)
     try:
         values(line)

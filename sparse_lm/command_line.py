@@ -1,5 +1,7 @@
 """The flags `--config=FILE` and `--config.x.y=value`: a config file, and fields that override it."""
 
+import ast
+import contextlib
 import dataclasses
 import importlib.util
 import pathlib
@@ -10,6 +12,8 @@ from ml_collections import ConfigDict, config_flags
 
 from sparse_lm.config import Config, from_dict, to_dict
 from sparse_lm.errors import UserError, suggest
+
+TEXTS = ("config.data.sources", "config.evaluation.splits")
 
 
 def load_config(path: str) -> Config:
@@ -50,6 +54,20 @@ def load_config(path: str) -> Config:
             f"config file {name}: get_config() returns a {type(config).__name__}, not a sparse_lm.config.Config"
         )
     return from_dict(to_dict(config), f"config file {name}")
+
+
+def quote_text(argument: str) -> str:
+    """An argument that sets a field of several texts, such that its value is one of them with all its commas and spaces.
+
+    A list as Python writes it stays one.
+    """
+    flag, equals, value = argument.partition("=")
+    if flag.lstrip("-") not in TEXTS or not equals:
+        return argument
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        if isinstance(ast.literal_eval(value), tuple | list | str):
+            return argument
+    return f"{flag}={value!r}"
 
 
 def define_config(values: flags.FlagValues, argv: list[str]) -> None:

@@ -6,7 +6,7 @@ import sys
 import pytest
 from absl import flags
 
-from sparse_lm.command_line import define_config
+from sparse_lm.command_line import define_config, quote_text
 from sparse_lm.config import (
     Config,
     Data,
@@ -182,3 +182,26 @@ def test_kinds_of_layers_are_set_on_the_command_line(tmp_path, part):
     define_config(values, argv)
     values(argv)
     assert to_dict(getattr(values.config.model, part)) == {"name": "other", "options": {"rate": 0.5}}
+
+
+@pytest.mark.parametrize(
+    "field, value, read",
+    [
+        ("data.sources", "folder:/a b,c", ("folder:/a b,c",)),
+        ("data.sources", "folder:/it's (1)", ("folder:/it's (1)",)),
+        ("data.sources", 'folder:/a"b', ('folder:/a"b',)),
+        ("data.sources", "folder:x?weight=2&max_epochs=4", ("folder:x?weight=2&max_epochs=4",)),
+        ("data.sources", "('stdlib', 'folder:/x, y')", ("stdlib", "folder:/x, y")),
+        ("data.sources", "", ("",)),
+        ("evaluation.splits", "test", ("test",)),
+        ("evaluation.splits", "()", ()),
+    ],
+)
+def test_a_text_is_taken_whole(tmp_path, field, value, read):
+    file, values = tmp_path / "config.py", flags.FlagValues()
+    file.write_text("from sparse_lm.config import Config as get_config")
+    argv = ["x", f"--config={file}", quote_text(f"--config.{field}={value}")]
+    define_config(values, argv)
+    values(argv)
+    part, name = field.split(".")
+    assert getattr(getattr(values.config, part), name) == read
