@@ -57,7 +57,7 @@ def load_config(path: str) -> Config:
 
 
 def quote_text(argument: str) -> str:
-    """An argument that sets a field of several texts, such that its value is one of them with all its commas and spaces.
+    """An argument that sets a field of several texts, such that its value is one of them, commas and spaces included.
 
     A list as Python writes it stays one.
     """
