@@ -175,7 +175,7 @@ def test_a_spike_is_a_loss_above_the_running_mean_or_not_finite():
         used = left > 0 and step in made
         assert bool(found.on.all()) == bool(found.on.any()) == used
         if used:
-            assert (found.chosen == made[step]).all()
+            assert (found.indices == made[step]).all()
         if left:
             made[step + 2] = step
         spike = not math.isfinite(value) or (mean is not None and value > mean + 1.0)
