@@ -253,9 +253,9 @@ def test_accumulation_is_of_the_identity_where_choices_are_kept_by_microbatch():
     "options, router, words",
     [
         ({"ahead": 3}, "soft", "training.anticipation.ahead is 3; it must be 0 with the router 'soft'"),
-        ({"ahead": -1}, "switch", "training.anticipation.ahead is -1; it must be 0 or above"),
+        ({"ahead": -1}, "switch", "training.anticipation.ahead is -1; it must be at least 0"),
         ({"spike": 0.0}, "switch", "training.anticipation.spike is 0.0; it must be above 0"),
-        ({"spike": math.nan}, "switch", "training.anticipation.spike is nan; it must be a finite number"),
+        ({"spike": math.nan}, "switch", "training.anticipation.spike is nan; it must be above 0"),
         ({"ahead": 4, "steps": 4}, "switch", "training.anticipation.steps is 4; it must be above .*ahead=4"),
     ],
 )
