@@ -18,7 +18,7 @@ FIELDS = {
     "width": ("model.width",),
     "heads": ("model.kv_heads", "model.heads"),
     "vocabulary": ("model.vocabulary",),
-    "hidden": ("model.expert_width", "model.ffn_width"),
+    "hidden": ("model.ffn_width", "model.expert_width"),
     "experts": ("model.experts",),
     "block_in": ("model.layout.options.block",),
 }
