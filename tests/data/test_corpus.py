@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import grain
 import numpy as np
 import pytest
 
@@ -106,6 +107,18 @@ def test_a_training_batch_is_a_function_of_seed_and_number(corpus):
     for name, value in again.read(1000, 0, 8).items():
         np.testing.assert_array_equal(value, later[name])
     assert (other.read(1000, 0, 8)["inputs"] != later["inputs"]).any()
+
+
+def test_each_source_is_shuffled_in_an_order_of_its_own(cache, folder, tmp_path, monkeypatch):
+    other = write_folder(tmp_path / "other", 60, "land")
+    mixed = data.prepare(config(cache, f"folder:{folder}", f"folder:{other}"))
+    seeds, shuffle = [], grain.MapDataset.shuffle
+    monkeypatch.setattr(
+        grain.MapDataset, "shuffle", lambda self, *, seed: seeds.append(seed) or shuffle(self, seed=seed)
+    )
+    for seed in (0, 1):
+        mixed.training_batches(seed, 8)
+    assert len(seeds) == len(set(seeds)) == 4
 
 
 @pytest.mark.parametrize("readers", [1, 2, 4])

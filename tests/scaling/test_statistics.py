@@ -29,6 +29,9 @@ def test_one_value_has_no_interval():
         ([-0.10, -0.11, 0.09], "no difference seen"),
         ([-0.1, -0.3], "no difference seen"),  # all lower, but two seeds say little
         ([0.0, 0.0, 0.0], "no difference seen"),
+        # With three seeds the 95 % interval is the mean ± 2.484 deviations.
+        ([0.14, 0.24, 0.34], "no difference seen"),
+        ([0.16, 0.26, 0.36], "worse"),
         ([math.nan, 0.1], DIVERGED),
         ([math.nan], DIVERGED),
     ],
