@@ -54,7 +54,7 @@ def main() -> None:
         if executor == "gather":
             tiny.equal(jax.device_get(made.init()), start)  # created sharded, the parameters are the same
     overflows = {name: overflow(mesh_of(sizes), sizes["expert"]) for name, sizes in OVERFLOWING.items()}
-    print(json.dumps({"runs": found, "overflows": overflows, "regions": regions()}))
+    print(json.dumps({"runs": found, "overflows": overflows, "regions": regions(), "dropout masks": dropout_masks()}))
 
 
 def mesh_of(sizes):
@@ -143,6 +143,23 @@ def find_overflowing(chosen, parts: int, devices: int):
                         overflowing[groups[g], s, k] = free <= 0
                         free -= 1
     return overflowing
+
+
+def dropout_masks() -> int:
+    """How many of eight devices, each with the same tokens for the same experts, drop other hidden units than those
+    before."""
+    fields = dict(
+        experts=8, executor="grouped", expert_dropout=0.5, capacity_factor=math.inf, router=tiny.switch(jitter=0.0)
+    )
+    model = tiny.config(**{f"model__{name}": value for name, value in fields.items()}, training__batch=8).model
+    layer = ExpertLayer(model, model.expert_width, nnx.Rngs(params=0))
+    row = np.random.default_rng(0).normal(size=(1, 16, model.width)).astype(np.float32)
+    one = jnp.ones((8, 16), jnp.int32)
+    with jax.set_mesh(mesh_of({"data": 8})):
+        y, _ = nnx.jit(lambda layer, x: layer(x, Context(one, one, one, math.inf), {}, jax.random.key(0)))(
+            layer, jnp.asarray(np.repeat(row, 8, axis=0))
+        )
+    return len({group.tobytes() for group in np.asarray(y)})
 
 
 def regions() -> dict:

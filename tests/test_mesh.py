@@ -123,6 +123,10 @@ def test_the_region_of_a_device_is_the_groups_that_it_holds(eight):
     assert len(found["held"]) == 4 and found["found"] == found["held"]
 
 
+def test_each_device_drops_hidden_units_of_its_own(eight):
+    assert eight[0]["dropout masks"] == 8
+
+
 def test_the_rest_of_the_devices_is_filled_in():
     devices = jax.devices()[:1] * 8
     mesh = make_mesh(configs.Mesh(data=-1, expert=4), devices)

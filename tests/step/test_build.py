@@ -123,8 +123,9 @@ def test_metrics_are_the_means_over_the_tokens():
     assert metrics["routing"]["dropped"][0] == pytest.approx(lost / tokens)
 
 
-def test_a_step_with_a_nonfinite_gradient_changes_nothing_but_the_counts():
-    build = tiny.built(**SPARSE)
+@pytest.mark.parametrize("router", [tiny.switch(), choice("deepseek", bias_rate=0.1)], ids=["switch", "deepseek"])
+def test_a_step_with_a_nonfinite_gradient_changes_nothing_but_the_counts(router):
+    build = tiny.built(**SPARSE | {"model__router": router})
     batch = tiny.batch(build.config)
     state, _ = build.step(build.init(), batch)
     scale = np.asarray(state.parameters["norm"]["scale"])
