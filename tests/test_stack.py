@@ -47,6 +47,13 @@ def test_what_stands_in_the_last_place(fields, kind):
     assert decoder_stack(tiny.config(**fields).model).period[-1].feed_forward.name == kind
 
 
+def test_layers_are_numbered_repeat_by_repeat():
+    stack = STACKS["routed prefix, two routed places"]
+    assert [stack.layer_numbers("prefix", place) for place in range(2)] == [[0], [1]]
+    assert [stack.layer_numbers("period", place) for place in range(3)] == [[2, 5], [3, 6], [4, 7]]
+    assert stack.routed_layers == [1, 2, 4, 5, 7]
+
+
 @pytest.mark.parametrize("name", STACKS)
 def test_what_is_routed_is_split_by_place_and_joined_by_layer(name):
     """Against a loop over the layers: each finds its own, and reports come back in the order of the layers."""

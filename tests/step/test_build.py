@@ -204,6 +204,15 @@ def test_a_step_given_its_own_experts_is_the_same_step(recorded):
     tiny.equal(seen_again, seen)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_each_microbatch_drops_units_of_its_own(rate):
+    build = tiny.built(model__dropout=rate, training__accumulation=2)
+    # Row r is in microbatch r mod 2, so that both have the same rows.
+    batch = jax.tree.map(lambda rows: np.repeat(rows[::2], 2, axis=0), tiny.batch(build.config))
+    first, second = build.record(build.init(), batch)[2]["token_losses"]
+    assert np.array_equal(first, second) == (rate == 0)
+
+
 def test_randomness_is_of_the_seed_and_the_step(recorded):
     build, state, batch, (_, metrics, _) = recorded
     _, later = build.step(copied(state)._replace(step=state.step + 1), batch)
