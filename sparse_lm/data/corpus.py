@@ -114,8 +114,8 @@ def prepare(config: Config) -> Corpus:
             return corpus
         log.info("preparing the text of %s, once", ", ".join(config.data.sources))
         for source in sources:
-            if left_out := getattr(source.reader, "left_out", ""):
-                log.warning("%s: left out are %s", source.name, left_out)
+            if source.reader.left_out:
+                log.warning("%s: left out are %s", source.name, source.reader.left_out)
         survey = survey_sources(sources, config.logging.progress)
         _check_unchanged(sources, fingerprints)
         tokenizer = _load_tokenizer(config, tokenizer_path)

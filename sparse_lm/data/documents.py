@@ -16,6 +16,7 @@ class Reader(Protocol):
     """Reads one kind of source. Both methods raise `UserError` for text that can't be read."""
 
     name: str  # letters, digits and _
+    left_out: str  # what `fingerprint` and `documents` did not read, and of what kind it is; "": nothing
 
     def fingerprint(self) -> str:
         """Computes a hash that changes with the documents, much faster than by parsing them."""

@@ -23,6 +23,7 @@ class StandardLibrary:
 
     path: pathlib.Path = field(default_factory=lambda: pathlib.Path(sysconfig.get_path("stdlib")))
     name: str = "stdlib"
+    left_out = ""
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()

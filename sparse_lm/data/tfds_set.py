@@ -31,6 +31,7 @@ class TfdsSet:
     path: str  # name of the data set: lm1b, c4/en, c4/en:3.1.0
     field: str = "text"  # the feature that holds the text
     data_dir: str = ""  # "": $TFDS_DATA_DIR, or ~/tensorflow_datasets
+    left_out = ""
 
     def __post_init__(self):
         self.name = re.sub(r"\W+", "_", self.path, flags=re.ASCII).strip("_") or "tfds"
@@ -111,8 +112,8 @@ def _check_features(folder: epath.Path) -> None:
 def _class_names(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
         for key, inside in value.items():
-            if key in ("pythonClassName", "python_class_name", "type"):
-                yield inside
+            if key in ("pythonClassName", "python_class_name", "type") and not isinstance(inside, dict):
+                yield inside  # a dict is that of a feature with this name
             yield from _class_names(inside)
     elif isinstance(value, list):
         for inside in value:

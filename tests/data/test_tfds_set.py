@@ -116,3 +116,14 @@ def test_features_that_are_not_the_librarys_own_are_not_built(data_dir, tmp_path
     file.write_text(json.dumps(description))
     with pytest.raises(UserError, match="only those of tensorflow_datasets can be read"):
         TfdsSet("tiny_stories/all", data_dir=str(tmp_path)).fingerprint()
+
+
+def test_a_feature_may_be_called_type(data_dir, tmp_path):
+    shutil.copytree(f"{data_dir}/tiny_stories", tmp_path / "tiny_stories")
+    file = tmp_path / "tiny_stories/all/1.2.0/features.json"
+    description = json.loads(file.read_text())
+    features = description["featuresDict"]["features"]
+    features["type"] = features.pop("title")
+    file.write_text(json.dumps(description))
+    with pytest.raises(UserError, match="no text feature 'titel'"):  # past the check of the features
+        TfdsSet("tiny_stories/all", data_dir=str(tmp_path), field="titel").fingerprint()
