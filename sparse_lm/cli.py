@@ -238,9 +238,9 @@ def _mesh(options: flags.FlagValues) -> Mesh | None:
 def _join_processes(options: flags.FlagValues) -> None:
     import jax
 
-    from sparse_lm.runs.processes import join
+    from sparse_lm.runs.processes import join_processes
 
-    join(options.distributed, options.coordinator, options.processes, options.process)
+    join_processes(options.distributed, options.coordinator, options.processes, options.process)
     if jax.process_index() > 0:
         logging.getLogger("sparse_lm").setLevel(logging.WARNING)
 

@@ -25,6 +25,12 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
+def one_line(error: BaseException, longest: int | None = 200) -> str:
+    """The message of an error without line breaks, cut to `longest` characters; its class where it has no message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if longest is None or len(text) <= longest else text[: longest - 3] + "…"
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """Returns `"; did you mean 'x'?"` if a valid name is close, otherwise the list of valid names."""
     valid = sorted(valid)

@@ -21,12 +21,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sparse_lm.config import digest
-from sparse_lm.errors import UserError
+from sparse_lm.errors import UserError, one_line
 from sparse_lm.paths import in_object_store, user_path
 from sparse_lm.runs.digest import digests
 from sparse_lm.runs.processes import ask_primary, exchange
 
 META = "meta"
+UNFINISHED = r"[0-9]+\.orbax-checkpoint-tmp.*"  # the names of saves that are under way, or were interrupted
 Prefixes = tuple[tuple[str, str], ...]  # old and new beginnings of names
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -62,7 +63,7 @@ class Checkpoints:
         self.wait()
         if self._writer is None:
             self._writer = self._open()
-        if step in ask_primary("saved steps", self.steps()):
+        if step in ask_primary("saved steps", self.steps):
             return
         flat = {item: _flat(tree) for item, tree in items.items()}
         sums = digests({f"{item}/{name}": array for item, arrays in flat.items() for name, array in arrays.items()})
@@ -114,8 +115,12 @@ class Checkpoints:
     def _incomplete(self) -> list[epath.Path]:
         """Folders with the name of a step that are no checkpoint: half deleted, or not copied whole."""
         steps = self.steps()
+        return [path for path in self._listed("[1-9][0-9]*|0") if int(path.name) not in steps]
+
+    def _listed(self, pattern: str) -> list[epath.Path]:
+        """What is in the folder under names that a regular expression matches whole; an object store may have none."""
         there = self.folder.iterdir() if self.folder.exists() else ()
-        return [path for path in there if re.fullmatch("[1-9][0-9]*|0", path.name) and int(path.name) not in steps]
+        return [path for path in there if re.fullmatch(pattern, path.name)]
 
     def meta(self, step: int) -> dict:
         """What `save` was given as `meta`. Raises `UserError` for a step that isn't there or can't be read."""
@@ -145,7 +150,7 @@ class Checkpoints:
         not those described.
         """
         self.wait()
-        known = ask_primary("saved steps", self.steps())
+        known = ask_primary("saved steps", self.steps)
         if not known:
             raise UserError(f"there is no complete checkpoint in {self.folder}")
         if step is not None:
@@ -164,7 +169,7 @@ class Checkpoints:
             else:
                 self._restored = candidate
                 return candidate, restored
-        if ask_primary("saved steps", self.steps()) != known:  # a trainer has saved and deleted some in the meantime
+        if ask_primary("saved steps", self.steps) != known:  # a trainer has saved and deleted some in the meantime
             return self.restore(items, step, old_names)
         raise UserError(f"none of the checkpoints in {self.folder} can be used: {', '.join(map(str, known))}")
 
@@ -188,9 +193,8 @@ class Checkpoints:
         if jax.process_index() == 0 and not self._lost():
             self.folder.mkdir(parents=True, exist_ok=True)
             known = self.steps()
-            for path in list(self.folder.iterdir()) if self.folder.exists() else []:
-                if re.fullmatch(r"[0-9]+\.orbax-checkpoint-tmp.*", path.name) or path in self._incomplete():
-                    path.rmtree()
+            for path in (*self._listed(UNFINISHED), *self._incomplete()):
+                path.rmtree()
             for step in known:
                 if self._restored is not None and step > self._restored:
                     self._delete(step)
@@ -228,7 +232,7 @@ class Checkpoints:
     def _failed(self, error: Exception) -> Exception:
         """What to raise for a failed save, after removing what there is of it."""
         if jax.process_index() == 0 and not self._lost():
-            for path in list(self.folder.glob("*.orbax-checkpoint-tmp*")):
+            for path in self._listed(UNFINISHED):
                 path.rmtree(missing_ok=True)
         code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's way to tell errno
         if (int(code[1]) if code else getattr(error, "errno", None)) in FULL:
@@ -254,7 +258,7 @@ class Checkpoints:
             record = dict(ocp.JsonCheckpointHandler().restore(self.folder / str(step) / META))
             intact = record.pop("digest") == digest(record)
         except Exception as error:
-            raise Unusable(f"{META} can't be read ({_line(error)})") from error
+            raise Unusable(f"{META} can't be read ({one_line(_root(error))})") from error
         if not intact:
             raise Unusable(f"{META} does not match its digest")
         if record["step"] != step:
@@ -343,7 +347,7 @@ def _load(path: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str
                 raise
             named = [name for name in stored if f"{name}/" in re.findall(r"[\"']([^\"']*/)", str(error))]
             what = f"array {path.name}/{named[0]}" if named else path.name
-            raise Unusable(f"{what} can't be read ({_line(error)})") from error
+            raise Unusable(f"{what} can't be read ({one_line(_root(error))})") from error
     for name, a in wanted.items():
         if name not in stored:
             empty = np.zeros(a.shape, a.dtype)
@@ -355,8 +359,3 @@ def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(_root(error)).split()) or type(_root(error)).__name__
-    return text if len(text) <= 200 else text[:197] + "…"

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import tensorstore as ts
 from etils import epath
 
-from sparse_lm.errors import UserError
+from sparse_lm.errors import UserError, one_line
 from sparse_lm.paths import in_object_store
 
 log = logging.getLogger("sparse_lm")
@@ -206,7 +206,7 @@ class Claim:
 Hold = Lock | Claim  # of a folder, by this process, until `release`
 
 
-def hold(folder: epath.Path, while_waiting: Callable[[], None] = lambda: None) -> Hold:
+def hold_folder(folder: epath.Path, while_waiting: Callable[[], None] = lambda: None) -> Hold:
     """Holds a folder that exists, on a disk or in an object store.
 
     Args:
@@ -229,7 +229,7 @@ def _open(folder: str, context: ts.Context) -> ts.KvStore:
     try:
         opened = ts.KvStore.open(f"{scheme}://{urllib.parse.quote(rest)}/", context=context)
     except ValueError as error:  # a kind of store that it does not know
-        raise Unanswered(_line(error)) from error
+        raise Unanswered(one_line(error)) from error
     return _answer(opened)
 
 
@@ -241,12 +241,7 @@ def _answer(future: ts.Future) -> Any:
         future.cancel()
         raise Unanswered(f"no answer within {ANSWERED_WITHIN:g} s") from error
     except Exception as error:
-        raise Unanswered(_line(error)) from error
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "…"
+        raise Unanswered(one_line(error)) from error
 
 
 def _in_use(folder: epath.Path | str, holder: str) -> UserError:

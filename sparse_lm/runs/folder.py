@@ -18,7 +18,7 @@ from etils import epath
 from sparse_lm.config import Config, from_dict, identity_fields, resolve, to_dict
 from sparse_lm.errors import UserError
 from sparse_lm.paths import in_object_store, user_path
-from sparse_lm.runs.claim import NAME, Hold, hold
+from sparse_lm.runs.claim import NAME, Hold, hold_folder
 
 PART = 100  # rows
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # one of them
@@ -63,7 +63,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path} can't be made a run's folder: {error.strerror}") from error
         self._check_links()
-        self._hold = hold(self.path, while_waiting)
+        self._hold = hold_folder(self.path, while_waiting)
         try:
             self.continued = self._has_run()  # False: a new run
             self._description = _dump({"config": to_dict(config), **info})

@@ -8,13 +8,13 @@ import contextlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from sparse_lm.errors import RunFailed, UserError
+from sparse_lm.errors import RunFailed, UserError, one_line
 
 log = logging.getLogger("sparse_lm")
 
@@ -24,7 +24,7 @@ TIMEOUT = 600.0  # seconds; longer than any process does without the others (wai
 _numbers = itertools.count()
 
 
-def join(distributed: bool, coordinator: str, processes: int, process: int) -> None:
+def join_processes(distributed: bool, coordinator: str, processes: int, process: int) -> None:
     """Joins the other processes; must run before jax starts its devices.
 
     Args:
@@ -49,8 +49,7 @@ def join(distributed: bool, coordinator: str, processes: int, process: int) -> N
         elif distributed:
             jax.distributed.initialize(initialization_timeout=JOINED_WITHIN)
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the other processes are not found ({reason}); see --coordinator") from error
+        raise UserError(f"the other processes are not found ({one_line(error)}); see --coordinator") from error
 
 
 def exchange(what: str, value: Any, timeout: float = TIMEOUT) -> list[Any]:
@@ -65,9 +64,10 @@ def exchange(what: str, value: Any, timeout: float = TIMEOUT) -> list[Any]:
     return [json.loads(_wait_for(client, f"{key}/{i}", i, what, timeout)) for i in range(jax.process_count())]
 
 
-def ask_primary(what: str, value: Any) -> Any:
-    """The first process's value, in every process: what it sees of a folder is what holds."""
-    return exchange(what, value)[0]
+def ask_primary(what: str, ask: Callable[[], Any]) -> Any:
+    """What `ask` gives in the first process, the only one to call it, in every process: what that one sees of a folder
+    is what holds."""
+    return exchange(what, ask() if jax.process_index() == 0 else None)[0]
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def together(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        fault = " ".join(str(error).split()) or type(error).__name__
+        fault = one_line(error, longest=None)
         user, raised = isinstance(error, UserError), error
     faults = exchange(what, [fault, user])
     if raised is not None:
@@ -91,4 +91,4 @@ def _wait_for(client: Any, key: str, number: int, what: str, timeout: float) -> 
     try:
         return client.blocking_key_value_get(key, int(1000 * timeout))
     except jax.errors.JaxRuntimeError as error:
-        raise RunFailed(f"{what}: process {number} does not answer ({' '.join(str(error).split())[:200]})") from error
+        raise RunFailed(f"{what}: process {number} does not answer ({one_line(error)})") from error

@@ -80,12 +80,12 @@ def train(config: configs.Config, workdir: epath.PathLike, init_from: str = "") 
         with together(f"{workdir} is opened"):
             folder = enter(RunFolder(workdir, config, {"versions": _versions(), **info}, primary, while_waiting))
         steps = config.training.steps
-        if (summary := ask_primary("summary", folder.summary())) and summary["steps"] >= steps:
+        if (summary := ask_primary("summary", folder.summary)) and summary["steps"] >= steps:
             log.info("%s is finished: %d steps are done; a higher training.steps goes on", workdir, summary["steps"])
             return summary
         checkpoints = enter(Checkpoints(folder.checkpoints, config.checkpoints.keep, lost=lambda: folder.lost))
         with clock.phase("restoring", "making or restoring the state"):
-            continued = ask_primary("continued", bool(checkpoints.steps()))
+            continued = ask_primary("continued", lambda: bool(checkpoints.steps()))
             state = restore_state(program, checkpoints) if continued else initial_state(program, parent)
         start = int(state.step)
         if start > steps:

@@ -306,13 +306,13 @@ def test_a_reader_lists_again_when_a_trainer_has_deleted_what_it_found(two, monk
     reader = Checkpoints(two)
     load = checkpoints_module._load
 
-    def slow(path, wanted):
+    def load_slowly(path, wanted):
         if path.parent.name in ("1", "2"):  # deleted while it is read, after newer ones were saved
             with Checkpoints(two, keep=1) as trainer:
                 trainer.save(3, shifted(3), {})
         return load(path, wanted)
 
-    monkeypatch.setattr(checkpoints_module, "_load", slow)
+    monkeypatch.setattr(checkpoints_module, "_load", load_slowly)
     step, items = reader.restore(abstract(ITEMS))
     assert step == 3 and same(items, shifted(3))
 

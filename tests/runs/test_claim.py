@@ -20,7 +20,7 @@ from sparse_lm import config as configs
 from sparse_lm import runs
 from sparse_lm.errors import UserError
 from sparse_lm.runs import claim as claims
-from sparse_lm.runs.claim import Claim, Lock, hold
+from sparse_lm.runs.claim import Claim, Lock, hold_folder
 from sparse_lm.runs.folder import RunFolder, read_config, read_rows
 from tests import commands, gcs_server
 
@@ -280,7 +280,7 @@ def test_a_store_that_refuses_is_named(server, monkeypatch):
 
 def test_a_claim_lies_in_its_folder_whatever_its_name(server):
     folder = epath.Path("gs://bucket/a b/50%/ü?#")
-    held = hold(folder)
+    held = hold_folder(folder)
     assert isinstance(held, Claim) and "a b/50%/ü?#/.lock" in server.objects
     assert (folder / ".lock").exists()
     held.release()
@@ -288,12 +288,12 @@ def test_a_claim_lies_in_its_folder_whatever_its_name(server):
 
 
 def test_a_folder_on_a_disk_is_locked(tmp_path):
-    held = hold(epath.Path(tmp_path))
+    held = hold_folder(epath.Path(tmp_path))
     assert isinstance(held, Lock) and held.lost == ""
     with pytest.raises(
         UserError, match=f"{tmp_path} is in use by process {os.getpid()} on .*; wait for it, end it, or"
     ):
-        hold(epath.Path(tmp_path))
+        hold_folder(epath.Path(tmp_path))
     held.release(remove=True)
     assert not list(tmp_path.iterdir())
 

@@ -17,7 +17,7 @@ from sparse_lm.runs.processes import ask_primary, exchange, together
 
 me = int(sys.argv[2])
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, me)
-print(exchange("numbers", {"me": me}), ask_primary("steps", [me, 7]))
+print(exchange("numbers", {"me": me}), ask_primary("steps", lambda: [me, 7]))
 for kind in (None, UserError, OSError):
     try:
         with together("the work"):
@@ -36,7 +36,7 @@ except RunFailed as error:
 
 
 def test_one_process_has_nobody_to_ask():
-    assert exchange("numbers", (1, 2)) == [(1, 2)] and ask_primary("steps", [3]) == [3]
+    assert exchange("numbers", (1, 2)) == [(1, 2)] and ask_primary("steps", lambda: [3]) == [3]
     with pytest.raises(UserError, match="^wrong$"), together("the work"):
         raise UserError("wrong")
 
