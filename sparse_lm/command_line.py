@@ -10,10 +10,10 @@ import re
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sparse_lm.config import Config, from_dict, to_dict
+from sparse_lm.config import Config, flatten_fields, from_dict, to_dict
 from sparse_lm.errors import UserError, suggest
 
-TEXTS = ("config.data.sources", "config.evaluation.splits")
+TEXTS = [f"config.{path}" for path, value in flatten_fields(to_dict(Config())).items() if isinstance(value, list)]
 
 
 def load_config(path: str) -> Config:

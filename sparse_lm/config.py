@@ -28,8 +28,8 @@ from sparse_lm.ranges import (
     SizeOr0,
     Steps,
     StepsOr0,
-    bare,
-    fault,
+    explain_fault,
+    strip_range,
 )
 from sparse_lm.stored_config import fill_config
 
@@ -40,7 +40,7 @@ class Node:
     def __init_subclass__(cls):
         # The dataclass is made of bare types, which those who read values from text understand.
         cls.ranges = dict(cls.__annotations__)
-        cls.__annotations__ = {name: bare(kind) for name, kind in cls.ranges.items()}
+        cls.__annotations__ = {name: strip_range(kind) for name, kind in cls.ranges.items()}
 
     def __setattr__(self, name: str, value: Any):
         if name not in (names := type(self).__dataclass_fields__):
@@ -253,7 +253,7 @@ def _check_ranges(node: Node, prefix: str = "") -> None:
     for name, value in vars(node).items():
         if isinstance(value, Node):
             _check_ranges(value, f"{prefix}{name}.")
-        elif wrong := fault(node.ranges.get(name), value):
+        elif wrong := explain_fault(node.ranges.get(name), value):
             raise UserError(f"{prefix}{name} is {value!r}{wrong}")
 
 
@@ -285,15 +285,15 @@ def _check_fit(config: Config) -> None:
             f"model.layers is {model.layers}: after model.dense_first={model.dense_first} it must be a multiple of "
             f"model.expert_every={model.expert_every}; the nearest is {fit}"
         )
-    kind, of_kind = model.feed_forward, {"experts": model.experts > 0, "blocks": model.layout.name != "dense"}
+    kind, found = model.feed_forward, (model.experts > 0, model.layout.name != "dense")
     if kind.name == "auto" and kind.options:
         raise UserError(f"model.feed_forward.options are {dict(kind.options)}; they need a model.feed_forward.name")
-    for name, wanted in {"dense": {}, "experts": {"experts"}, "blocks": {"blocks"}}.items():
-        if kind.name == name and {n for n, there in of_kind.items() if there} != wanted:
-            raise UserError(
-                f"model.feed_forward is {name!r}, and model.experts={model.experts} with model.layout="
-                f"{model.layout.name!r} is another kind of layer; 'auto' takes the one that they say"
-            )
+    wanted = {"dense": (False, False), "experts": (True, False), "blocks": (False, True)}
+    if kind.name in wanted and wanted[kind.name] != found:
+        raise UserError(
+            f"model.feed_forward is {kind.name!r}, and model.experts={model.experts} with model.layout="
+            f"{model.layout.name!r} is another kind of layer; 'auto' takes the one that they say"
+        )
     if model.experts and model.layout.name != "dense":
         raise UserError(f"model.layout is {model.layout.name!r}, for a feed-forward layer; model.experts must be 0")
     if model.experts and model.top_k > model.experts:
@@ -352,13 +352,14 @@ def identity_fields(config: Config) -> dict[str, Any]:
         kept.append("accumulation")  # choices made ahead are kept by microbatch
     values["training"] = {k: values["training"][k] for k in kept}
     del values["data"]["tokenizer"]  # a path, which may change; the data's fingerprint covers the tokenizer itself
-    return _flatten({part: values[part] for part in ("model", "data", "optimizer", "training")})
+    return flatten_fields({part: values[part] for part in ("model", "data", "optimizer", "training")})
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested dicts by dotted path."""
     flat = {}
     for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flatten_fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 

@@ -59,12 +59,12 @@ Share = Annotated[float, Range(least=0, most=1)]
 Probability = Annotated[float, Range(least=0, below=1)]  # a rate of dropout, a decay: 1 would leave nothing
 
 
-def bare(kind: Any) -> Any:
+def strip_range(kind: Any) -> Any:
     """A type without its range."""
     return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
 
 
-def fault(kind: Any, value: Any) -> str:
+def explain_fault(kind: Any, value: Any) -> str:
     """What a value of the right type must be instead, such as "; it must be above 0"; empty where it is in range."""
     limits = [limit for limit in getattr(kind, "__metadata__", ()) if isinstance(limit, Range | OneOf)]
     if not limits and isinstance(value, float):

@@ -6,7 +6,7 @@ from typing import Any
 
 from sparse_lm.config import Choice
 from sparse_lm.errors import UserError, suggest
-from sparse_lm.ranges import bare, fault
+from sparse_lm.ranges import explain_fault, strip_range
 
 
 def lookup(field: str, table: Mapping[str, Any], name: str) -> Any:
@@ -36,9 +36,9 @@ def create(field: str, table: Mapping[str, Callable], choice: Choice, *args) -> 
         if name not in valid:
             hint = suggest(name, valid) if valid else "; it has none"
             raise UserError(f"{field}.options.{name} is not an option of {choice.name}{hint}")
-        kind = bare(valid[name].annotation)
+        kind = strip_range(valid[name].annotation)
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
             raise UserError(f"{field}.options.{name} is {value!r}; it must be of type {kind.__name__}")
-        if wrong := fault(valid[name].annotation, value):
+        if wrong := explain_fault(valid[name].annotation, value):
             raise UserError(f"{field}.options.{name} is {value!r}{wrong}")
     return make(*args, **options)

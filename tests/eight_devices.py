@@ -146,8 +146,7 @@ def find_overflowing(chosen, parts: int, devices: int):
 
 
 def dropout_masks() -> int:
-    """How many of eight devices, each with the same tokens for the same experts, drop other hidden units than those
-    before."""
+    """How many different choices of hidden units to drop eight devices make, all with the same tokens and experts."""
     fields = dict(
         experts=8, executor="grouped", expert_dropout=0.5, capacity_factor=math.inf, router=tiny.switch(jitter=0.0)
     )

@@ -94,10 +94,10 @@ def optimizer_flops(config: Config) -> float:
 
 def _count_parts(model: Model, setting: Setting) -> Iterator[Part]:
     stack = decoder_stack(model)
-    count = lambda spec, last: list(abstract_layer(model, spec).flops(setting._replace(last=last)))
+    count_layer = lambda spec, last: list(abstract_layer(model, spec).flops(setting._replace(last=last)))
     # A layer of the prefix and a period are recomputed as a whole, except for their last product.
-    prefix = [count(spec, True) for spec in stack.prefix]
-    period = [count(spec, i == len(stack.period) - 1) for i, spec in enumerate(stack.period)]
+    prefix = [count_layer(spec, True) for spec in stack.prefix]
+    period = [count_layer(spec, i == len(stack.period) - 1) for i, spec in enumerate(stack.period)]
     for layer, parts in enumerate(prefix + period * stack.repeats):
         yield from (dataclasses.replace(part, layer=layer) for part in parts)
     yield product("output", 2 * model.width * model.vocabulary)

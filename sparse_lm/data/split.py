@@ -66,15 +66,16 @@ def survey_sources(sources: list[Source], progress: bool) -> Survey:
     for s, source in enumerate(sources):
         _fill_empty_splits(source, hashes[s], kinds[s], kept[s], tables[s].uses_hash)
         part_of_document = np.full(len(kinds[s]), -1, np.int32)
+        names = tables[s].domain_names
         domains = np.where(kinds[s] == KINDS.index("validation"), tables[s].domains, 0)
-        if len(tables[s].domain_names) > MAX_DOMAINS:
+        if len(names) > MAX_DOMAINS:
             log.warning("%s has over %d sub-folders: they are not measured one by one", source.name, MAX_DOMAINS)
             domains[:] = 0
         for kind, domain in sorted({*zip(kinds[s][kept[s]].tolist(), domains[kept[s]].tolist(), strict=True)}):
             members = kept[s] & (kinds[s] == kind) & (domains == domain)
             digest = hashlib.sha256(hashes[s][members].astype("<u8").tobytes()).hexdigest()
             part_of_document[members] = len(parts)
-            parts.append(Part(s, KINDS[kind], tables[s].domain_names[domain], int(members.sum()), digest))
+            parts.append(Part(s, KINDS[kind], names[domain], int(members.sum()), digest))
         assigned.append(part_of_document)
     sample = [
         text

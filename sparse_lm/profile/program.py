@@ -64,7 +64,7 @@ class Computation:
     def root(self) -> Instruction:
         return next(i for i in self.instructions.values() if i.root)
 
-    def users(self, operand: Instruction) -> list[Instruction]:
+    def find_users(self, operand: Instruction) -> list[Instruction]:
         return [i for i in self.instructions.values() if operand in i.operands]
 
 
@@ -146,14 +146,14 @@ def _vote_scope(instruction: Instruction) -> Scope | None:
     """Finds the scope of most of the work in an instruction. The op_name of a fusion is only that of its last one."""
     votes: Counter[Scope] = Counter()
 
-    def vote(part: Instruction) -> None:
+    def count_vote(part: Instruction) -> None:
         if scope := parse_scope(part.op_name):
             votes[scope] += _estimate_work(part)
         for called in part.called:
             for inner in called.instructions.values():
-                vote(inner)
+                count_vote(inner)
 
-    vote(instruction)
+    count_vote(instruction)
     return votes.most_common(1)[0][0] if votes else None
 
 
@@ -182,7 +182,7 @@ def memory_traffic(instruction: Instruction) -> float:
         reads = sum(_bytes_read(o, [instruction]) for o in instruction.operands)
         return reads + _bytes_written(instruction)
     parameters = [i for i in fused.instructions.values() if i.opcode == "parameter"]
-    return sum(_bytes_read(p, fused.users(p)) for p in parameters) + _bytes_written(fused.root)
+    return sum(_bytes_read(p, fused.find_users(p)) for p in parameters) + _bytes_written(fused.root)
 
 
 def _bytes_read(array: Instruction, users: list[Instruction]) -> float:

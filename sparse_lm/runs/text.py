@@ -43,7 +43,7 @@ def choose_tokenizer(config: configs.Config, path: epath.PathLike, parent: str =
 def keep_tokenizer(folder: RunFolder, tokenizer: data.Tokenizer, file: str) -> None:
     """Stores the tokenizer that was loaded from a file in the run's folder, unless it is there."""
     if folder.primary and not find_tokenizer(folder.path):
-        folder.keep(f"tokenizer{'.model' if epath.Path(file).suffix == '.model' else '.json'}", tokenizer.file)
+        folder.keep("tokenizer.model" if epath.Path(file).suffix == ".model" else "tokenizer.json", tokenizer.file)
 
 
 def load_tokenizer(path: epath.PathLike) -> data.Tokenizer:
