@@ -40,7 +40,7 @@ def start(*arguments: str, devices: int = 1, **options) -> subprocess.Popen:
     """`sparse-lm` with the arguments, on so many CPU devices."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_NUM_CPU_DEVICES": str(devices),
     }
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-m", "sparse_lm", *arguments], env=environment, **streams | options)

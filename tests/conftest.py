@@ -4,11 +4,18 @@ import os
 import pathlib
 import shutil
 import subprocess
+import tempfile
 import venv
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling takes nearly all the time of tests this small; processes that tests start inherit this.
+# Compiling takes nearly all the time of tests this small. Processes that tests start inherit what is set here, and
+# pytest's workers the folder, so what one of them has compiled the others read.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"  # half the time
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

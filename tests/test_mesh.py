@@ -28,7 +28,7 @@ E, C, D, F, GROUPS = 8, 3, 16, 32, 8  # of the model in eight_devices.py
 
 def on_eight_devices(module, timeout, *arguments):
     """What a module prints, and its stderr."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     root = os.path.dirname(os.path.dirname(__file__))
     command = [sys.executable, "-W", "error", "-m", module, *arguments]
     done = subprocess.run(command, cwd=root, env=os.environ | flags, capture_output=True, text=True, timeout=timeout)

@@ -18,9 +18,13 @@ log = logging.getLogger("sparse_lm")
 
 
 def use_compilation_cache(config: configs.Config) -> None:
-    """Keeps compiled programs over processes; the second start of a config compiles nothing."""
-    jax.config.update("jax_compilation_cache_dir", str(user_path(config.cache) / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    """Keeps compiled programs over processes; the second start of a config compiles nothing.
+
+    A folder that is set already, as by JAX_COMPILATION_CACHE_DIR, stays.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(user_path(config.cache) / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def build_here(config: configs.Config, mesh: configs.Mesh | None = None, keep_batch: bool = False) -> Build:

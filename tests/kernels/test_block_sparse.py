@@ -214,7 +214,7 @@ np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 def test_on_a_mesh_each_device_multiplies_its_own_rows():
     """One all-reduce, of the blocks' gradient; nothing else crosses devices."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     command = [sys.executable, "-W", "error", "-c", ON_A_MESH]
     done = subprocess.run(command, cwd=root, env=os.environ | flags, capture_output=True, text=True, timeout=300)

@@ -171,7 +171,7 @@ agree(auto(*whole), loop(*whole))
 
 
 def test_inside_shard_map_and_under_jit_with_shardings():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = {"JAX_NUM_CPU_DEVICES": "4"}
     done = subprocess.run(
         [sys.executable, "-c", IN_A_MESH], cwd=ROOT, env=os.environ | flags, capture_output=True, text=True
     )

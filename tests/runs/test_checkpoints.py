@@ -64,7 +64,7 @@ def two(tmp_path):
 
 
 def run(code: str, *arguments, devices: int = 1, check: bool = True, **more) -> subprocess.CompletedProcess:
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=check, timeout=300, **more)
 
@@ -410,7 +410,7 @@ def test_restores_onto_another_mesh_and_another_number_of_processes_and_back(tmp
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
     command = [sys.executable, "-c", ELSEWHERE, str(tmp_path), address]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
     pair = [
         subprocess.Popen([*command, str(i)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for i in (0, 1)

@@ -112,7 +112,7 @@ print(json.dumps([found, "all-gather" in hlo, "all-reduce" in hlo]))
 def test_is_the_same_on_one_device_and_on_eight_however_sharded_and_gathers_nothing():
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", SHARDED],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=True,

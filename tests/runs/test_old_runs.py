@@ -108,7 +108,7 @@ def test_they_generate_the_same_divided_over_eight_devices(unpacked, tmp_path):
         asked.append((str(path), wanted[-1]["prompts"]))
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_NUM_CPU_DEVICES": "8",
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-c", ON_EIGHT, json.dumps(asked)]

@@ -225,7 +225,7 @@ assert sum(map(len, found[0])) > 12
 def test_a_mesh_of_eight_devices_generates_what_one_does():
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", MESHES],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )

@@ -286,7 +286,7 @@ def on_four_devices():
 
 
 def test_on_a_mesh_it_is_what_it_is_on_one_device():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
     code = "from tests.step.test_anticipation import on_four_devices; on_four_devices()"
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     command = [sys.executable, "-c", code]
