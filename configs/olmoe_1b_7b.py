@@ -5,7 +5,12 @@ Command:  sparse-lm info --config=configs/olmoe_1b_7b.py
 Hardware: TPU v5p 4x4x4 (64 chips).
 Expected: 6.92 B parameters, 1.28 B of them active (the paper says 6.9 B and 1.3 B).
 
-The released model also normalises queries and keys, which this decoder does not: 131 thousand parameters fewer.
+The released model also normalises queries and keys, which this decoder does not: 65,536 parameters fewer.
+
+The paper's coefficients, 0.01 for balance and 0.001 for the router z-loss (section 3.1), are of means over the 16
+layers (`batched_load_balancing_loss` of MegaBlocks, with which it was trained; the z-loss as in OLMo-core); here every
+layer's loss is added with its own coefficient, so they are a 16th of that. The reference balances over the rows that
+one device has in a microbatch; so does this, 4 rows on 64 chips.
 """
 
 import math
@@ -29,7 +34,8 @@ def get_config() -> Config:
             experts=64,
             expert_every=1,
             top_k=8,
-            router=choice("topk", normalize=False, balance_loss=0.01, z_loss=0.001),
+            router=choice("topk", normalize=False, balance_loss=0.01 / 16, z_loss=0.001 / 16),
+            balance_over="device",
             capacity_factor=math.inf,
             executor="grouped",
         ),

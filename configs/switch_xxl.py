@@ -27,7 +27,6 @@ def get_config() -> Config:
     config = load_config(str(Path(__file__).with_name("switch_base.py")))
     config.name = "switch_xxl"
     model = config.model
-    model = config.model
     model.width, model.heads, model.ffn_width = 4096, 64, 10_240
     model.layers = 48
     model.remat = "full"

@@ -17,7 +17,8 @@ class Switch(TopK):
 
     jitter: the input is multiplied by noise uniform in [1 - jitter, 1 + jitter] while training.
     balance_loss: α of equations 4 to 6, the loss α E Σ_e f_e P_e with f_e the share of tokens that chose e and P_e the
-        mean probability of e. It is α when both are even.
+        mean probability of e. It is α when both are even. Each routed layer adds its own, as all losses of routers do:
+        where others take the mean over layers, α here is theirs over the number of these layers.
     z_loss: coefficient of the mean squared logsumexp of the logits (Zoph et al. 2022, arXiv 2202.08906, equation 5).
     """
 
