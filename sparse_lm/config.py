@@ -203,6 +203,7 @@ class Training(Node):
 class Evaluation(Node):
     every: Steps = 100  # steps; the last step is always evaluated
     rows: SizeOr0 = 256  # rows of each split; 0: all
+    final_rows: SizeOr0 = 2048  # when training has ended; 0: all. The summary and verdicts are of these
     splits: tuple[str, ...] = ("validation", "heldout_domain")
 
 

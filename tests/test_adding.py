@@ -105,7 +105,7 @@ def test_a_run_with_it_is_compared_with_its_twin_and_goes_on(name, tmp_path):
     )
     config = configs.resolve(configs.from_dict(configs.to_dict(config) | {"cache": f"{tmp_path}/cache", "name": "a"}))
     result = compare(config, runs.train, f"{tmp_path}/runs")
-    assert result["verdicts"]["validation"] and result["sides"] == ["dense", "sparse"]
+    assert result["verdict"] and result["sides"] == ["dense", "sparse"]
     longer = configs.to_dict(config)
     longer["training"]["steps"] = 6
     runs.train(configs.resolve(configs.from_dict(longer)), f"{tmp_path}/runs/sparse-seed0")
@@ -114,7 +114,7 @@ def test_a_run_with_it_is_compared_with_its_twin_and_goes_on(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def eight():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-m", "tests.added.on_eight_devices"]
     root = pathlib.Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)

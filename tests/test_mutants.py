@@ -21,8 +21,8 @@ class Mutant(NamedTuple):
 MUTANTS = {
     "level of the interval in a verdict": Mutant(
         "scaling/statistics.py",
-        "(bounds := confidence_interval(differences))",
-        "(bounds := confidence_interval(differences, 0.8))",
+        "ppf((1 + level) / 2, n - 1))\n    half = quantile",
+        "ppf((1 + 0.8) / 2, n - 1))\n    half = quantile",
         "scaling",
     ),
     "dropped share without its denominator": Mutant(

@@ -1,5 +1,6 @@
 """Two processes of four devices each are one process of eight."""
 
+import json
 import socket
 
 import jax
@@ -12,14 +13,17 @@ from tests import commands
 MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.expert=2"]
 
 
-def train_in_two_processes(config, workdir, *arguments) -> list[str]:
+def run_in_two_processes(*arguments) -> list[str]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    together = ["train", f"--config={config}", f"--workdir={workdir}", *MESH, *arguments]
     join = lambda i: [f"--coordinator=localhost:{port}", "--processes=2", f"--process={i}"]
-    processes = [commands.start(*together, *join(i), devices=4) for i in range(2)]
+    processes = [commands.start(*arguments, *join(i), devices=4) for i in range(2)]
     return [commands.finish(process) for process in processes]
+
+
+def train_in_two_processes(config, workdir, *arguments) -> list[str]:
+    return run_in_two_processes("train", f"--config={config}", f"--workdir={workdir}", *MESH, *arguments)
 
 
 def curve(workdir) -> np.ndarray:
@@ -46,3 +50,16 @@ def test_two_processes_give_the_curve_of_one_and_go_on_with_its_run(tmp_path):
         "train", f"--config={config}", constant, f"--workdir={tmp_path}/mixed", "--config.training.steps=24", devices=1
     )
     assert len(curve(tmp_path / "mixed")) == 24 and jax.process_count() == 1
+
+
+@pytest.mark.slow
+def test_two_processes_compare_as_one_does(tmp_path):
+    config = commands.write_config(tmp_path, steps=12)
+    arguments = ["compare", f"--config={config}", "--seeds=2", "--config.evaluation.splits=validation", *MESH]
+    commands.run(*arguments, f"--workdir={tmp_path}/one", devices=8)
+    first, second = run_in_two_processes(*arguments, f"--workdir={tmp_path}/two")
+    assert "written:" in first and "written:" not in second
+    one, two = (json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("one", "two"))
+    found, expected = (r["differences"]["validation"] for r in (two, one))
+    assert found["rows"] == expected["rows"] and found["per_seed"] == pytest.approx(expected["per_seed"], abs=1e-4)
+    assert (tmp_path / "two/comparison.png").read_bytes().startswith(b"\x89PNG")

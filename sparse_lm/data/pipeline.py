@@ -28,14 +28,16 @@ class Interleaved(Sequence):
         sizes = [len(part) for part in parts]
         turns = np.concatenate([(np.arange(n) + 0.5) / w for n, w in zip(sizes, weights, strict=True)])
         order = np.argsort(turns, kind="stable")[: rows or None]
-        self._part = np.repeat(np.arange(len(parts)), sizes)[order]
-        self._row = np.concatenate([_spread_order(n) for n in sizes])[order]
+        part = np.repeat(np.arange(len(parts)), sizes)
+        row = np.concatenate([_spread_order(n) for n in sizes])
+        self.places = np.stack([part, row], axis=1)[order]  # [rows, 2], the part of each and its number there
 
     def __len__(self) -> int:
-        return len(self._row)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> dict:
-        return self._parts[self._part[index]][int(self._row[index])]
+        part, row = self.places[index].tolist()
+        return self._parts[part][row]
 
 
 def _spread_order(n: int) -> np.ndarray:
@@ -47,7 +49,7 @@ class Batches:
     """`count` batches of rows of length L. Row j of batch i is row i · batch + j, or padding after all rows."""
 
     def __init__(self, rows: Sequence, batch: int, length: int, count: int):
-        self._rows, self.batch, self.length, self._count = rows, batch, length, count
+        self.rows, self.batch, self.length, self._count = rows, batch, length, count
 
     def __len__(self) -> int:
         """Returns the number of batches; sys.maxsize if the rows repeat without end."""
@@ -70,8 +72,8 @@ class Batches:
         segments = np.zeros((stop - start, self.length), np.int32)
         sizes = np.zeros(stop - start, np.int32)
         first = step * self.batch + start
-        for i in range(min(stop - start, max(0, len(self._rows) - first))):
-            row = self._rows[first + i]
+        for i in range(min(stop - start, max(0, len(self.rows) - first))):
+            row = self.rows[first + i]
             tokens[i], segments[i], sizes[i] = row["tokens"], row["segments"], row["bytes"]
         return unpack_rows(tokens, segments) | {"bytes": sizes}
 

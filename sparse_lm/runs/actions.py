@@ -14,7 +14,7 @@ from sparse_lm.runs.checkpoints import Checkpoints
 from sparse_lm.runs.clock import Clock
 from sparse_lm.runs.folder import RunFolder
 from sparse_lm.runs.loop import Moment
-from sparse_lm.runs.measures import evaluate, metrics_row
+from sparse_lm.runs.measures import RowMeasures, evaluate_rows, metrics_row, summarize_rows
 from sparse_lm.runs.progress import Progress
 from sparse_lm.runs.sinks import TensorBoard
 from sparse_lm.runs.snapshot import snapshot
@@ -117,9 +117,13 @@ class Evaluate:
         jax.block_until_ready(moment.state)
         seconds, state = self.clock.seconds, moment.state
         with self.clock.phase("evaluation", f"the evaluation after step {moment.step}"):
-            measured = evaluate(self.program, self.corpus, state.parameters, state.router, self.splits)
-        self.step = moment.step
-        self.measured = {s: {"step": moment.step, **values, "seconds": seconds} for s, values in measured.items()}
+            rows = self.program.config.evaluation.rows
+            measured = evaluate_rows(self.program, self.corpus, state.parameters, state.router, self.splits, rows)
+        self.step, model = moment.step, self.program.config.model
+        self.measured = {
+            split: {"step": moment.step, **summarize_rows(model, rows), "seconds": seconds}
+            for split, rows in measured.items()
+        }
         for split, row in self.measured.items():
             self.rows.add_evaluation(split, row)
 
@@ -168,14 +172,14 @@ class Leave:
 
 
 def summarize(
-    config: configs.Config, state: TrainState, clock: Clock, waited: float, evaluation: dict[str, Any]
+    config: configs.Config, state: TrainState, clock: Clock, waited: float, evaluated: dict[str, RowMeasures]
 ) -> dict[str, Any]:
     """What summary.json says of a run that has ended; times in seconds.
 
     Args:
         config, state, clock: the run's.
         waited: seconds that it waited for data.
-        evaluation: the last measures, by split.
+        evaluated: the rows of each split, by its name, after the last step.
     """
     seconds, tokens = clock.seconds, count_tokens(np.asarray(state.tokens))
     parameters = cost.count_parameters(config.model)
@@ -190,6 +194,6 @@ def summarize(
         "data_wait": min(waited / max(seconds, 1e-9), 1.0),
         "seconds_by_phase": clock.spent,
         "skipped_steps": int(state.skipped),
-        "evaluation": evaluation,
+        "evaluation": {split: summarize_rows(config.model, rows) for split, rows in evaluated.items()},
         "parameters": {"total": parameters.total, "active": parameters.active},
     }

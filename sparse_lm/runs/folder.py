@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, metrics.jsonl, eval.jsonl, summary.json, and checkpoints/.
+"""The folder of a run: config.json, metrics.jsonl, eval.jsonl, evaluation_rows.npz, summary.json, and checkpoints/.
 
 One living process writes to it. Whole files are written under another name and renamed. What grows is a line of JSON
 per row; where a file can't grow (object stores), rows are collected and written in parts, `metrics-00000120.jsonl` from
@@ -6,13 +6,17 @@ the 120th row on. Both are read in the same way.
 """
 
 import contextlib
+import io
 import json
 import math
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from sparse_lm.config import Config, from_dict, identity_fields, resolve, to_dict
@@ -21,6 +25,7 @@ from sparse_lm.paths import in_object_store, user_path
 from sparse_lm.runs.claim import NAME, Hold, hold_folder
 
 PART = 100  # rows
+EVALUATION_ROWS = "evaluation_rows.npz"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # one of them
 
 
@@ -100,7 +105,8 @@ class RunFolder:
         left of a row."""
         if self.primary:
             write_whole(self.path / "config.json", self._description)
-            (self.path / "summary.json").unlink(missing_ok=True)
+            for name in ("summary.json", EVALUATION_ROWS):
+                (self.path / name).unlink(missing_ok=True)
             for name in ("metrics", "eval"):
                 self._table(name).rewind(step)
 
@@ -112,10 +118,18 @@ class RunFolder:
         self.flush()
         return read_rows(self.path, name)
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json, which marks a run as finished."""
+    def finish(self, summary: dict[str, Any], evaluated: dict[str, dict[str, np.ndarray]]) -> None:
+        """Writes evaluation_rows.npz and summary.json, which marks a run as finished.
+
+        Args:
+            summary: of the run.
+            evaluated: what was measured of each row, by split and name.
+        """
         if self.primary:
             self.flush()
+            arrays = {f"{split}/{name}": array for split, rows in evaluated.items() for name, array in rows.items()}
+            np.savez_compressed(file := io.BytesIO(), **arrays)
+            write_whole(self.path / EVALUATION_ROWS, file.getvalue())
             write_whole(self.path / "summary.json", _dump(_plain(summary)))
 
     def summary(self) -> dict[str, Any] | None:
@@ -257,6 +271,24 @@ def read_summary(path: epath.PathLike) -> dict[str, Any] | None:
     """The summary of the finished run in a folder, None where it isn't finished."""
     file = user_path(path) / "summary.json"
     return _read(file) if file.exists() else None
+
+
+def read_evaluation_rows(path: epath.PathLike) -> dict[str, dict[str, np.ndarray]]:
+    """What was measured of each row (`measures.evaluate_rows`) when the run in a folder had ended.
+
+    Returns arrays by split and name; nothing for a run of version 0.2 or before. Raises `UserError` for a damaged file.
+    """
+    file, evaluated = user_path(path) / EVALUATION_ROWS, {}
+    if not file.exists():
+        return evaluated
+    try:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
+            for key in arrays.files:
+                split, name = key.split("/")
+                evaluated.setdefault(split, {})[name] = arrays[key]
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+    return evaluated
 
 
 def _files(folder: epath.Path, name: str) -> list[epath.Path]:

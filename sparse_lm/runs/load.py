@@ -13,7 +13,7 @@ from sparse_lm.routing import TokenChoice, leak, router_of
 from sparse_lm.runs.checkpoints import Checkpoints
 from sparse_lm.runs.devices import build_here
 from sparse_lm.runs.folder import read_config
-from sparse_lm.runs.measures import evaluate as measure
+from sparse_lm.runs.measures import evaluate_rows, final_rows, summarize_rows
 from sparse_lm.runs.snapshot import restore
 from sparse_lm.runs.text import load_tokenizer, prepare_other, prepare_own
 from sparse_lm.step.build import Build
@@ -68,9 +68,10 @@ def evaluate(
         path, step, capacity_factor, mesh: as `load` takes them.
         sources: other text, written as `config.data.sources`; by default that of the run, which must be what it was.
 
-    Returns `step`, the `sources`, an `evaluation` of every split but the training rows (`measures.evaluate`), and how
-    the routing looks ahead (`leak`, see `routing.leak`). Raises `UserError` as `load` does, and for text that is not
-    there or has changed.
+    Returns `step`, the `sources`, an `evaluation` of every split but the training rows (`measures.summarize_rows`),
+    and how the routing looks ahead (`leak`, see `routing.leak`).
+
+    Raises `UserError` as `load` does, and for text that is not there or has changed.
     """
     config = _read(path, capacity_factor)
     if sources:
@@ -79,10 +80,12 @@ def evaluate(
         corpus = prepare_own(config, path, "bring it back, or evaluate on other text with --sources")
     loaded = load(path, step, mesh, capacity_factor)
     splits = [split for split in corpus.split_names if split != "train"]
+    count = final_rows(config.evaluation)
+    evaluated = evaluate_rows(loaded.program, corpus, loaded.parameters, loaded.router, splits, count)
     return {
         "step": loaded.step,
         "sources": list(sources or config.data.sources),
-        "evaluation": measure(loaded.program, corpus, loaded.parameters, loaded.router, splits),
+        "evaluation": {split: summarize_rows(config.model, rows) for split, rows in evaluated.items()},
         "leak": leak(config.model, config.model.eval_capacity_factor),
     }
 

@@ -6,12 +6,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from sparse_lm import config as configs
 from sparse_lm import data
 from sparse_lm.mesh import sharding
 from sparse_lm.routing import leak
 from sparse_lm.stack import Stack
 from sparse_lm.step.build import Build
 from sparse_lm.step.state import count_tokens
+
+RowMeasures = dict[str, np.ndarray]  # by name, of the rows of a split
 
 SCALARS = ("loss", "cross_entropy", "balance_loss", "z_loss", "grad_norm", "learning_rate")
 
@@ -29,16 +32,29 @@ def metrics_row(stack: Stack, step: int, metrics: dict[str, Any]) -> dict[str, A
     return row
 
 
-def evaluate(
-    program: Build, corpus: data.Corpus, parameters: dict, router: dict, splits: list[str]
-) -> dict[str, dict[str, Any]]:
-    """Means over the tokens of the first `evaluation.rows` rows of each split.
+def final_rows(evaluation: configs.Evaluation) -> int:
+    """How many rows of each split are measured when training has ended, no fewer than while it went on; 0: all."""
+    rows = (evaluation.rows, evaluation.final_rows)
+    return 0 if 0 in rows else max(rows)
 
-    loss: nats per token at the evaluation capacity; loss_train_capacity: at the training capacity; bits_per_byte: of
-    the text, which does not depend on the tokenizer; tokens: how many; causal: whether loss is of each token given the
-    earlier ones alone (`routing.leak`).
+
+def evaluate_rows(
+    program: Build, corpus: data.Corpus, parameters: dict, router: dict, splits: list[str], rows: int
+) -> dict[str, RowMeasures]:
+    """Sums over the tokens of each of the first rows of each split.
+
+    Args:
+        program: whose `evaluate` is run.
+        corpus: the text.
+        parameters, router: the model's.
+        splits: of the corpus.
+        rows: of each split; 0: all.
+
+    Returns by split arrays of [rows]: `cross_entropy` in nats at the evaluation capacity,
+    `cross_entropy_train_capacity` at the training capacity, `tokens`, `bytes` of text, and the `place` [rows, 2] of
+    each row: its part of the corpus and number there.
     """
-    training, rows = program.config.training, program.config.evaluation.rows
+    training = program.config.training
     batch = training.batch // training.accumulation  # what fits a step's memory
     place = sharding(program.mesh, "batch")
     measured = {}
@@ -47,12 +63,24 @@ def evaluate(
         with data.Prefetch(lambda i, b=batches: data.device_batch(b, i, batch, place), 0, len(batches)) as ready:
             # One after the other, for the reason given in `digest.digests`.
             sums = [jax.device_get(program.evaluate(parameters, router, rows)) for rows in ready]
-        total = {name: float(np.sum([s[name] for s in sums], dtype=np.float64)) for name in sums[0]}
-        measured[split] = {
-            "loss": total["cross_entropy"] / total["tokens"],
-            "bits_per_byte": total["cross_entropy"] / math.log(2) / total["bytes"],
-            "loss_train_capacity": total["cross_entropy_train_capacity"] / total["tokens"],
-            "tokens": int(total["tokens"]),
-            "causal": not leak(program.config.model, program.config.model.eval_capacity_factor),
-        }
+        places = batches.rows.places  # of which padding has none
+        measured[split] = {n: np.concatenate([s[n] for s in sums])[: len(places)] for n in sums[0]} | {"place": places}
     return measured
+
+
+def summarize_rows(model: configs.Model, rows: RowMeasures) -> dict[str, Any]:
+    """Means over the tokens of the rows of a split.
+
+    loss: nats per token at the evaluation capacity; loss_train_capacity: at the training capacity; bits_per_byte: of
+    the text, which does not depend on the tokenizer; rows and tokens: how many; causal: whether loss is of each token
+    given the earlier ones alone (`routing.leak`).
+    """
+    total = {name: float(rows[name].sum(dtype=np.float64)) for name in rows if name != "place"}
+    return {
+        "loss": total["cross_entropy"] / total["tokens"],
+        "bits_per_byte": total["cross_entropy"] / math.log(2) / total["bytes"],
+        "loss_train_capacity": total["cross_entropy_train_capacity"] / total["tokens"],
+        "rows": len(rows["tokens"]),
+        "tokens": int(total["tokens"]),
+        "causal": not leak(model, model.eval_capacity_factor),
+    }

@@ -23,6 +23,7 @@ from sparse_lm.runs.devices import use_compilation_cache
 from sparse_lm.runs.estimate import seconds_per_step
 from sparse_lm.runs.folder import RunFolder
 from sparse_lm.runs.loop import Moment, loop
+from sparse_lm.runs.measures import evaluate_rows, final_rows
 from sparse_lm.runs.parent import find_parent, initial_state
 from sparse_lm.runs.processes import ask_primary, together
 from sparse_lm.runs.progress import Progress, duration
@@ -131,8 +132,13 @@ def train(config: configs.Config, workdir: epath.PathLike, init_from: str = "") 
             evaluate(Moment(steps, state, {}, True))
         with clock.phase("checkpoints"):
             checkpoints.wait()
-        check_owner(folder)
-        folder.finish(summary := summarize(config, state, clock, ahead.wait_seconds, evaluate.measured) | info)
+        with clock.phase("evaluation", "the evaluation that ends the run"):
+            count = final_rows(config.evaluation)
+            evaluated = evaluate_rows(program, corpus, state.parameters, state.router, splits, count)
+        summary = summarize(config, state, clock, ahead.wait_seconds, evaluated) | info
+        with together(f"{workdir} is finished"):  # so that no process reads the folder before it is
+            check_owner(folder)
+            folder.finish(summary, evaluated)
         if signal.number:
             raise Stopped(f"{workdir}: finished, and stopped as asked", signal.exit_code)
         return summary

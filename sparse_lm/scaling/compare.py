@@ -9,6 +9,7 @@ from sparse_lm.config import Config, resolve
 from sparse_lm.cost.twin import dense_twin
 from sparse_lm.errors import UserError
 from sparse_lm.paths import user_path
+from sparse_lm.runs.processes import ask_primary
 from sparse_lm.scaling.learning_rate import find_best_learning_rate, with_learning_rate
 from sparse_lm.scaling.outcome import SPLIT, compare_sides, load_finished_run
 from sparse_lm.scaling.report import write_report
@@ -29,7 +30,7 @@ def compare(
         config: of the sparse model.
         train: (config, folder) -> anything; leaves a finished run in the folder, and does not train it again.
         workdir: the folder for comparison.json, comparison.md and comparison.png, and for the runs, in sparse-seed<s>
-            and dense-seed<s>.
+            and dense-seed<s>, and of a sweep in sweep/<side>/learning-rate-<rate>, where each side's best is its first.
         seeds: runs of each side. With several, differences are judged against the noise between them.
         sweep: whether each side first finds its own learning rate.
         price_per_hour: of all devices together, in any currency.
@@ -55,11 +56,14 @@ def compare(
     for seed in range(seeds):
         for side in configs if seed % 2 == 0 else reversed(configs):
             log.info("seed %d of %d, %s model", seed + 1, seeds, side)
-            folder = f"{workdir}/{side}-seed{seed}"
-            train(_with_seed(configs[side], config.training.seed + seed), folder)
+            if swept and seed == 0:  # which was the seed of the sweep
+                folder = swept[side]["run"]
+            else:
+                folder = f"{workdir}/{side}-seed{seed}"
+                train(_with_seed(configs[side], config.training.seed + seed), folder)
             runs[side].append(load_finished_run(folder))
     result = {"config": config.name, "sweep": swept, **compare_sides(runs, price_per_hour)}
-    write_report(result, runs, user_path(workdir))
+    ask_primary("report", lambda: write_report(result, runs, user_path(workdir)))
     return result
 
 

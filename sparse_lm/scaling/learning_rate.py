@@ -13,7 +13,7 @@ from sparse_lm.scaling.outcome import SPLIT, load_finished_run
 log = logging.getLogger("sparse_lm")
 
 GRID = (0.5, 1.0, 2.0)  # times the config's learning rate
-EXTENSIONS = 2  # how often the grid may grow if its edge is the best
+TRIALS = 9  # of a side at most: a factor of 64 to one end
 
 
 def find_best_learning_rate(
@@ -21,7 +21,7 @@ def find_best_learning_rate(
 ) -> dict[str, Any]:
     """Trains a config at each learning rate of a small grid, and picks the rate of the lowest validation loss.
 
-    If the best rate is at the edge of the grid, the grid grows by a factor of 2, at most `EXTENSIONS` times. A run that
+    While the best rate is at the edge of the grid, the grid grows by a factor of 2, up to `TRIALS` rates. A run that
     fails or ends with a loss that is not finite counts as infinite loss.
 
     Args:
@@ -31,19 +31,20 @@ def find_best_learning_rate(
         side: the name of the model, for log messages.
 
     Returns:
-        `{"best": rate, "losses": [[rate, loss or None], …], "at_edge": bool}`.
+        `{"best": rate, "run": its folder, "losses": [[rate, loss or None], …], "enclosed": whether rates on both sides
+        of the best do worse}`.
 
     Raises:
         RunFailed: if no rate gives a finite loss.
     """
     losses: dict[float, float] = {}
+    folder_of = lambda rate: f"{folder}/learning-rate-{rate:.3g}"
 
     def measure_loss(rate: float) -> None:
         log.info("learning rate %.3g, %s model", rate, side)
-        run = f"{folder}/learning-rate-{rate:.3g}"
         try:
-            train(with_learning_rate(config, rate), run)
-            loss = load_finished_run(run).loss(SPLIT)
+            train(with_learning_rate(config, rate), folder_of(rate))
+            loss = load_finished_run(folder_of(rate)).loss(SPLIT)
         except RunFailed as error:
             log.warning("%s", error)
             loss = math.nan
@@ -51,17 +52,15 @@ def find_best_learning_rate(
 
     for factor in GRID:
         measure_loss(factor * config.optimizer.learning_rate)
-    for _ in range(EXTENSIONS):
-        best = min(losses, key=losses.get)
-        if best == max(losses):
-            measure_loss(2 * best)
-        elif best == min(losses):
-            measure_loss(best / 2)
-    best = min(losses, key=losses.get)
+    find_best = lambda: min(losses, key=losses.get)
+    while len(losses) < TRIALS and (best := find_best()) in (min(losses), max(losses)):
+        measure_loss(2 * best if best == max(losses) else best / 2)
+    best = find_best()
     if math.isinf(losses[best]):
         raise RunFailed(f"{folder}: no learning rate of {', '.join(f'{rate:.3g}' for rate in sorted(losses))} trained")
     tried = [[rate, None if math.isinf(losses[rate]) else losses[rate]] for rate in sorted(losses)]
-    return {"best": best, "losses": tried, "at_edge": best in (min(losses), max(losses))}
+    enclosed = min(losses) < best < max(losses)
+    return {"best": best, "run": folder_of(best), "losses": tried, "enclosed": enclosed}
 
 
 def with_learning_rate(config: Config, rate: float) -> Config:

@@ -1,21 +1,31 @@
 """Compares the finished runs of two sides: the content of `comparison.json`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from sparse_lm.config import Config, identity_fields, to_dict
 from sparse_lm.cost.flops import count_flops, step_flops
 from sparse_lm.errors import UserError
 from sparse_lm.routing import leak
-from sparse_lm.runs.folder import read_config, read_rows, read_summary
+from sparse_lm.runs.folder import read_config, read_evaluation_rows, read_rows, read_summary
+from sparse_lm.runs.measures import RowMeasures
 from sparse_lm.scaling.curves import speedup
-from sparse_lm.scaling.statistics import NOT_RANKED, confidence_interval, mean, verdict
+from sparse_lm.scaling.statistics import (
+    NOT_RANKED,
+    confidence_interval,
+    mean,
+    mean_interval,
+    measure_noise,
+    ratio_interval,
+    verdict,
+)
 
-SPLIT = "validation"  # for speedups
+SPLIT = "validation"  # decides, alone: with a verdict on every split some would be wrong more often than one is
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,7 @@ class Run:
     config: Config
     summary: dict[str, Any]
     curve: list[dict[str, Any]]  # the rows of eval.jsonl
+    rows: dict[str, RowMeasures]  # by split, after the last step; none in runs of version 0.2 or before
 
     def loss(self, split: str) -> float:
         """Returns the final loss in nats per token; NaN if it is not finite."""
@@ -38,14 +49,14 @@ def load_finished_run(path: epath.PathLike) -> Run:
     config, summary = read_config(path), read_summary(path)
     if summary is None:
         raise UserError(f"the run in {path} is not finished; the train command that began it goes on with it")
-    return Run(str(path), config, summary, read_rows(path, "eval"))
+    return Run(str(path), config, summary, read_rows(path, "eval"), read_evaluation_rows(path))
 
 
 def compare_sides(sides: dict[str, Sequence[Run]], price_per_hour: float | None = None) -> dict[str, Any]:
     """Compares two sides with the same number of runs.
 
-    If the routing of the sides looks ahead differently (`routing.leak`), their losses are not of the same task: there
-    are no verdicts and no speedups.
+    The verdict is on `SPLIT` alone; other splits have differences and intervals. If the routing of the sides looks
+    ahead differently (`routing.leak`), their losses are not of the same task: no verdict and no speedups.
 
     Args:
         sides: runs by name of the side, the baseline first; run i of each side has the same seed.
@@ -59,8 +70,9 @@ def compare_sides(sides: dict[str, Sequence[Run]], price_per_hour: float | None 
     fingerprint = _check_same_text([*baseline, *runs])
     splits = [split for split in baseline[0].summary["evaluation"] if split in runs[0].summary["evaluation"]]
     same_task = _leak(baseline[0]) == _leak(runs[0])
-    differences = {split: [run.loss(split) - base.loss(split) for base, run in pairs] for split in splits}
-    measure_pairs = lambda measure: [measure(b, r) if same_task else None for b, r in pairs]
+    differences = {split: _measure(runs, split, baseline) for split in splits}
+    judged = differences[SPLIT]
+    of_pairs = lambda measure: [measure(b, r) if same_task else None for b, r in pairs]
     return {
         "sides": [first, second],
         "seeds": len(pairs),
@@ -69,11 +81,12 @@ def compare_sides(sides: dict[str, Sequence[Run]], price_per_hour: float | None 
         "devices": baseline[0].summary["devices"],
         first: _summarize_side(baseline, splits, price_per_hour),
         second: _summarize_side(runs, splits, price_per_hour),
-        **_name_statistics("step_speedup", measure_pairs(lambda b, r: speedup(b.curve, r.curve, SPLIT, "step"))),
-        **_name_statistics("time_speedup", measure_pairs(lambda b, r: speedup(b.curve, r.curve, SPLIT, "seconds"))),
-        **_name_statistics("flops_speedup", measure_pairs(_flops_speedup)),
-        "verdicts": {split: verdict(values) if same_task else NOT_RANKED for split, values in differences.items()},
-        "differences": {split: _summarize(values) for split, values in differences.items()},
+        **_name("step_speedup", _summarize_ratios(of_pairs(lambda b, r: speedup(b.curve, r.curve, SPLIT, "step")))),
+        **_name("time_speedup", _summarize_ratios(of_pairs(lambda b, r: speedup(b.curve, r.curve, SPLIT, "seconds")))),
+        **_name("flops_speedup", _summarize_ratios(of_pairs(_flops_speedup))),
+        "decides": SPLIT,
+        "verdict": verdict(judged["mean"], judged["interval"]) if same_task else NOT_RANKED,
+        "differences": differences,
         "config_differences": config_differences(baseline[0].config, runs[0].config),
     }
 
@@ -118,14 +131,13 @@ def _summarize_side(runs: Sequence[Run], splits: Sequence[str], price_per_hour: 
         "skipped_steps": sum(summary.get("skipped_steps", 0) for summary in summaries),
     }
     for split in dict.fromkeys((SPLIT, "heldout_domain", *splits)):
-        losses = [run.loss(split) for run in runs] if split in splits else [None]
-        side |= _name_statistics(f"{split}_loss", losses)
+        side |= _name(f"{split}_loss", _measure(runs, split) if split in splits else _summarize([None]))
     for name in ("bits_per_byte", "loss_train_capacity"):
         side[name] = {s: _mean([summary["evaluation"][s].get(name) for summary in summaries]) for s in splits}
     for name in ("tokens_per_second", "seconds"):
-        side |= _name_statistics(name, [summary[name] for summary in summaries])
+        side |= _name(name, _summarize([summary[name] for summary in summaries]))
     if price_per_hour is not None:
-        side |= _name_statistics("cost", [summary["seconds"] / 3600 * price_per_hour for summary in summaries])
+        side |= _name("cost", _summarize([summary["seconds"] / 3600 * price_per_hour for summary in summaries]))
     return side
 
 
@@ -143,18 +155,50 @@ def _model_step_flops(config: Config) -> float:
     return count_flops(config.model, config.data.length).training * config.training.batch * config.data.length
 
 
-def _name_statistics(name: str, values: Sequence[float | None]) -> dict[str, Any]:
+def _measure(runs: Sequence[Run], split: str, baseline: Sequence[Run] = ()) -> dict[str, Any]:
+    """Summarizes the losses of runs, or what they differ by from a baseline's, with the noise of seeds and text."""
+    losses = np.array([run.loss(split) for run in runs])
+    if baseline:
+        losses = losses - [run.loss(split) for run in baseline]
+    rows = [run.rows.get(split) for run in (*runs, *baseline)]
+    count = min((len(r["tokens"]) for r in rows if r), default=0)
+    if None in rows or not count or not np.isfinite(losses).all():  # an old run: nothing is known of its rows
+        return _summarize(losses.tolist()) | {"rows": None, "standard_errors": None}
+    # The first rows, which runs of one text have in common, in the order of the text.
+    first = rows[0]
+    order = np.lexsort(first["place"][:count].T[::-1])
+    tokens = first["tokens"][:count][order].astype(np.float64)
+    sums = np.stack([r["cross_entropy"][:count][order] for r in rows]).astype(np.float64)
+    sums = sums[: len(runs)] - (sums[len(runs) :] if baseline else 0)
+    values = (sums.sum(axis=1) / tokens.sum()).tolist()
+    noise = measure_noise(sums, tokens)
+    bounds = mean_interval(mean(values), noise, len(runs), count)
+    return {
+        "mean": mean(values),
+        "interval": bounds and list(bounds),
+        "per_seed": values,
+        "rows": count,
+        "standard_errors": {"seeds": noise.seeds, "text": noise.text},
+    }
+
+
+def _name(name: str, summary: dict[str, Any]) -> dict[str, Any]:
     """Mean, interval and single values under one name; null where a value is missing."""
-    summary = _summarize(values)
     return {name: summary["mean"]} | {f"{name}_{key}": summary[key] for key in ("interval", "per_seed")}
 
 
 def _summarize(values: Sequence[float | None]) -> dict[str, Any]:
+    return _summarize_by(lambda finite: (mean(finite), confidence_interval(finite)), values)
+
+
+def _summarize_ratios(ratios: Sequence[float | None]) -> dict[str, Any]:
+    return _summarize_by(ratio_interval, ratios)
+
+
+def _summarize_by(estimate: Callable, values: Sequence[float | None]) -> dict[str, Any]:
     finite = [value if value is not None and math.isfinite(value) else None for value in values]
-    if None in finite:
-        return {"mean": None, "interval": None, "per_seed": finite}
-    bounds = confidence_interval(finite)
-    return {"mean": mean(finite), "interval": bounds and list(bounds), "per_seed": finite}
+    center, bounds = (None, None) if None in finite else estimate(finite)
+    return {"mean": center, "interval": bounds and list(bounds), "per_seed": finite}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

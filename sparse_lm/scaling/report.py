@@ -10,7 +10,7 @@ from sparse_lm.cost.info import format_quantity, format_table
 from sparse_lm.runs.folder import write_whole
 from sparse_lm.scaling.outcome import Run
 from sparse_lm.scaling.picture import plot_comparison
-from sparse_lm.scaling.statistics import BETTER, DIVERGED, NOT_JUDGED, NOT_RANKED, SAME, WORSE
+from sparse_lm.scaling.statistics import BETTER, NOT_RANKED, SAME, STRETCHES, WORSE
 
 Comparison = dict[str, Any]
 
@@ -63,7 +63,7 @@ def _table_rows(result: Comparison) -> list[list[str]]:
     row("training FLOPs per token", "train_flops_per_token", flop)
     row("of these the router's", "router_flops_per_token", flop)
     row("executed FLOPs per token", "executed_flops_per_token", flop)
-    for split in result["verdicts"]:
+    for split in result["differences"]:
         row(f"{split} loss, nats per token", f"{split}_loss", number)
         rows.append(
             [f"{split}, bits per byte", *(_format_value(side["bits_per_byte"][split], number) for side in sides)]
@@ -86,31 +86,40 @@ def _format_interval(value: float | None, interval: list[float] | None, form) ->
 
 def _verdict_lines(result: Comparison, mark: str = "") -> list[str]:
     first, second = result["sides"]
-    lines = []
-    for split, verdict in result["verdicts"].items():
-        change = result["differences"][split]
-        if verdict == NOT_RANKED:
-            lines += [f"{mark}{split}: {verdict}, {_explain_not_ranked(result)}."]
-            continue
-        if verdict == DIVERGED:
-            lines.append(f"{mark}{split}: {verdict}.")
-            continue
-        difference = f"{change['mean']:+.4f} nats per token"
-        if bounds := change["interval"]:
-            difference += f" (95 % interval {bounds[0]:+.4f} to {bounds[1]:+.4f}, {result['seeds']} seeds)"
-        statement = {
-            BETTER: f"the {second} model is better",
-            WORSE: f"the {second} model is worse",
-            SAME: f"{SAME} between the {second} model and the {first} one",
-            NOT_JUDGED: NOT_JUDGED,
-        }[verdict]
-        lines.append(f"{mark}{split}: {statement}. Loss of {second} minus {first}: {difference}.")
-    return lines
+    decides, verdict = result["decides"], result["verdict"]
+    if verdict == NOT_RANKED:
+        return [f"{mark}{verdict}, {_explain_not_ranked(result)}."]
+    statement = {
+        BETTER: f"the {second} model is better",
+        WORSE: f"the {second} model is worse",
+        SAME: f"{SAME} between the {second} model and the {first} one",
+    }.get(verdict, verdict)
+    untuned = [side for side, tuned in (result["sweep"] or {}).items() if not tuned["enclosed"]]
+    if untuned:
+        statement += f" (not tuned: the best learning rate of {' and '.join(untuned)} is at the edge of those tried)"
+    lines = [f"{mark}{decides}: {statement}. {_format_difference(result, decides)}".rstrip()]
+    others = [split for split in result["differences"] if split != decides]
+    return lines + [f"{mark}{split}, no verdict: {_format_difference(result, split)}" for split in others]
+
+
+def _format_difference(result: Comparison, split: str) -> str:
+    """Says by how much the losses differ, and how certain that is; nothing where one is not finite."""
+    first, second = result["sides"]
+    change = result["differences"][split]
+    if change["mean"] is None:
+        return ""
+    seeds = f"{result['seeds']} seeds" if result["seeds"] > 1 else "one seed"
+    notes = [seeds + (f" and {change['rows']:,} rows of text" if change["rows"] else "")]
+    if bounds := change["interval"]:
+        notes.insert(0, f"95 % interval {bounds[0]:+.4f} to {bounds[1]:+.4f}")
+    if errors := {k: v for k, v in (change["standard_errors"] or {}).items() if v is not None}:
+        notes.append("standard error " + " and ".join(f"{error:.4f} from {kind}" for kind, error in errors.items()))
+    return f"Loss of {second} minus {first}: {change['mean']:+.4f} nats per token ({'; '.join(notes)})."
 
 
 def _speedup_lines(result: Comparison, mark: str = "") -> list[str]:
     first, second = result["sides"]
-    if NOT_RANKED in result["verdicts"].values():
+    if result["verdict"] == NOT_RANKED:
         return [f"{mark}How much sooner a loss is reached can't be said, {_explain_not_ranked(result)}."]
     if result["step_speedup"] is None:
         reached = sum(value is not None for value in result["step_speedup_per_seed"])
@@ -146,9 +155,11 @@ def _comparison_lines(result: Comparison) -> list[str]:
     hardware = f"{devices['count']} {devices['kind']}" if isinstance(devices, dict) else str(devices)
     lines = [
         f"{result['steps']} steps on {hardware}; text of fingerprint {result['fingerprint']}. "
-        + (f"Each number is the mean of {result['seeds']} seeds, with its 95 % interval." if result["seeds"] > 1 else
+        + (f"Each number is the mean of {result['seeds']} seeds, with its 95 % interval; of speedups, that of their "
+           "logarithms." if result["seeds"] > 1 else
            "With one seed nothing tells a difference from the noise between seeds; `--seeds=3` or more does."),
         "",
+        *_noise_lines(result),
         "*Training FLOPs* are those that the mathematics needs: the matrix products of one token forward and backward, "
         "attention over the half of the row that a token sees on average. *Executed FLOPs* are those that the program "
         "runs, with attention scores that are masked, places of experts that stay empty, masks and the optimizer.",
@@ -175,6 +186,32 @@ def _comparison_lines(result: Comparison) -> list[str]:
     return lines
 
 
+def _noise_lines(result: Comparison) -> list[str]:
+    seeds, rows = result["seeds"], result["differences"][result["decides"]]["rows"]
+    lines = [
+        f"The verdict is on {result['decides']} alone, which was settled before the runs: of several verdicts one or "
+        "the other is wrong more often than the level of each says.",
+        "",
+    ]
+    if rows:
+        lines += [
+            "Intervals of losses hold two kinds of noise: of the seed, and of the text, which all runs share. Text is "
+            f"compared in {min(STRETCHES, rows)} stretches of neighbouring rows, since rows of one document resemble "
+            "each other.",
+            "",
+        ]
+    else:
+        lines += ["The losses of single rows are not stored in these runs: intervals leave out the noise of text.", ""]
+    if seeds > 1:
+        lines += [
+            f"They trust that the noise of seeds is about normal, which {seeds} seeds can't show. Where single seeds "
+            "train much less well now and then, a verdict at no difference is given two or three times as often as in "
+            "the 5 % of cases that the level allows.",
+            "",
+        ]
+    return lines
+
+
 def _sweep_lines(sweep: dict[str, Any]) -> list[str]:
     lines = ["Each side was first trained at each of these learning rates, and compared at its own best.", ""]
     lines += ["| side | learning rate | validation loss |", "| --- | ---: | ---: |"]
@@ -182,8 +219,8 @@ def _sweep_lines(sweep: dict[str, Any]) -> list[str]:
         for rate, loss in tuned["losses"]:
             best = ", chosen" if rate == tuned["best"] else ""
             lines.append(f"| {side} | {rate:.3g}{best} | {_format_value(loss, lambda v: f'{v:.4f}')} |")
-    if edges := [side for side, tuned in sweep.items() if tuned["at_edge"]]:
-        lines += ["", f"At the edge of the grid, so that one beyond it may do more: {', '.join(edges)}."]
+    if edges := [side for side, tuned in sweep.items() if not tuned["enclosed"]]:
+        lines += ["", f"Not tuned: the best rate is the highest or lowest of those tried: {', '.join(edges)}."]
     return lines
 
 

@@ -175,14 +175,17 @@ def anticipate(
         return anticipation.update(state.anticipation, options, state.step, cross_entropy, later)
 
 
-def evaluate_batch(recipe: Recipe, parameters: dict, router: dict, batch: Batch) -> dict[str, Float[Array, ""]]:
-    """Sums over a batch: cross_entropy at the evaluation's capacity and at the training's, tokens, bytes."""
+def evaluate_batch(recipe: Recipe, parameters: dict, router: dict, batch: Batch) -> dict[str, Float[Array, " B"]]:
+    """Sums over each row: cross_entropy at the evaluation's capacity and at the training's, tokens, bytes."""
     model = recipe.config.model
-    run = lambda factor: loss(parameters, recipe.functional, router, batch, factor, None)[1]["sums"]
-    sums = run(model.eval_capacity_factor)
+    run = lambda factor: loss(parameters, recipe.functional, router, batch, factor, None)[1]["token_losses"].sum(1)
+    losses = run(model.eval_capacity_factor)
     # Where tokens do not choose, the router has its places from the training capacity throughout.
     places_differ = model.experts > 0 and router_of(model).form is TokenChoice
     differ = places_differ and model.capacity_factor != model.eval_capacity_factor
-    at_train_capacity = run(model.capacity_factor) if differ else sums
-    names = ("cross_entropy", "tokens", "bytes")
-    return {n: sums[n] for n in names} | {"cross_entropy_train_capacity": at_train_capacity["cross_entropy"]}
+    return {
+        "cross_entropy": losses,
+        "cross_entropy_train_capacity": run(model.capacity_factor) if differ else losses,
+        "tokens": (batch["segments"] > 0).sum(1),
+        "bytes": batch["bytes"],
+    }

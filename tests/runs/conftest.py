@@ -40,6 +40,7 @@ def config(text):
                 "training__steps": 12,
                 "evaluation__every": 6,
                 "evaluation__rows": 8,
+                "evaluation__final_rows": 8,
                 "checkpoints__every": 4,
                 "logging__every": 1,
                 "logging__progress": False,

@@ -5,6 +5,7 @@ import math
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from sparse_lm import config as configs
@@ -13,7 +14,8 @@ from sparse_lm.errors import RunFailed, UserError
 from sparse_lm.mesh import make_mesh
 from sparse_lm.runs import replay
 from sparse_lm.runs.checkpoints import Checkpoints
-from sparse_lm.runs.folder import RunFolder, read_rows
+from sparse_lm.runs.folder import RunFolder, read_evaluation_rows, read_rows
+from sparse_lm.runs.measures import final_rows
 from sparse_lm.runs.train import _log_executor
 from sparse_lm.scaling.compare import compare
 from tests import tiny
@@ -42,6 +44,26 @@ def test_a_run_leaves_its_measures(trained):
     assert stored["versions"]["jax"] == jax.__version__ and stored["devices"]["platform"] == "cpu"
     assert stored["fingerprint"] == summary["fingerprint"]
     assert summary["steps"] == STEPS and 0 < summary["goodput"] <= 1
+
+
+def test_the_evaluation_that_ends_a_run_takes_more_rows_and_keeps_them(config, tmp_path):
+    run, longer = tmp_path / "run", {"evaluation__rows": 3, "evaluation__final_rows": 7}
+    summary = runs.train(config(**longer, training__steps=6), run)["evaluation"]["validation"]
+    rows = read_evaluation_rows(run)["validation"]
+    mean = lambda n: rows["cross_entropy"][:n].sum(dtype=np.float64) / rows["tokens"][:n].sum()
+    assert summary["rows"] == len(rows["tokens"]) == 7 and summary["tokens"] == rows["tokens"].sum()
+    assert summary["loss"] == pytest.approx(mean(7), rel=1e-12)
+    curve = read_rows(run, "eval")
+    assert curve[-1]["rows"] == 3 and curve[-1]["loss"] == pytest.approx(mean(3), rel=1e-6)
+    assert len({*map(tuple, rows["place"].tolist())}) == 7 and (rows["place"][:, 0] == rows["place"][0, 0]).all()
+    assert runs.evaluate(run)["evaluation"]["validation"] == pytest.approx(summary, rel=1e-6)
+    runs.train(config(**longer), run)
+    assert (read_evaluation_rows(run)["validation"]["cross_entropy"] != rows["cross_entropy"]).all()
+
+
+@pytest.mark.parametrize(("rows", "final", "taken"), [(3, 7, 7), (7, 3, 7), (0, 3, 0), (3, 0, 0)])
+def test_no_fewer_rows_are_taken_at_the_end(rows, final, taken):
+    assert final_rows(configs.Evaluation(rows=rows, final_rows=final)) == taken
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_the_report_has_the_numbers(tmp_path):
     compare(config(), Trainer(shifted(-0.5)), str(tmp_path), seeds=3, price_per_hour=7200.0)
     text = (tmp_path / "comparison.md").read_text()
     assert "| validation loss, nats per token | 3.0000 (3.0000 to 3.0000) | 2.5100 (2.4852 to 2.5348) |" in text
-    assert "95 % interval -0.5148 to -0.4652, 3 seeds" in text
+    assert "-0.4900 nats per token (95 % interval -0.5148 to -0.4652; 3 seeds)." in text
     assert "| seconds of training | 10.0 (10.0 to 10.0) |" in text and "| cost of one run | 20.00" in text
     assert "times fewer steps" in text and "![" in text and "| model.experts | 0 | 4 |" in text
 
