@@ -49,6 +49,6 @@ setup(
         "notebooks": ["jupyterlab"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "beartype", "sentencepiece", "importlib_resources", "gcsfs"],
     },
-    entry_points={"console_scripts": ["sparse-lm=sparse_lm.cli:main"]},
+    entry_points={"console_scripts": ["sparse-lm=sparse_lm.__main__:main"]},
     classifiers=["Programming Language :: Python :: 3", "Operating System :: POSIX :: Linux"],
 )

@@ -372,11 +372,13 @@ def _dispatch(argv: list[str]) -> None:
         got = f"{len(folders)} given: {' '.join(folders)}"
         raise UserError(f"compare takes --config=FILE, or the folders of two runs; {got}")
     keep_freed_memory()
-    if command.distributed and not folders:
-        _join_processes(values)
     with contextlib.ExitStack() as contexts:
         if command.opens_runs:
             from sparse_lm.runs.quiet import quiet_orbax
 
+            if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # since `__main__`; now there is something to tidy
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             contexts.enter_context(quiet_orbax())
+        if command.distributed and not folders:
+            _join_processes(values)
         command.run(values, *([folders] if name == "compare" else []))

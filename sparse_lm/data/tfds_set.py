@@ -1,5 +1,6 @@
 """A prepared TFDS data set by name, read without TensorFlow."""
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -13,7 +14,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from sparse_lm.data.documents import Document
-from sparse_lm.errors import UserError, suggest
+from sparse_lm.errors import UserError, one_line, suggest
 from sparse_lm.paths import user_path
 
 # The packages that the command line of TFDS imports.
@@ -26,7 +27,8 @@ KINDS = ("train", "validation", "test")
 
 @dataclass
 class TfdsSet:
-    """The train, validation and test splits of a data set. A missing validation or test split is drawn from train."""
+    """The train, validation and test splits of a data set. Where it has no validation, that is drawn from train, and
+    test too."""
 
     path: str  # name of the data set: lm1b, c4/en, c4/en:3.1.0
     field: str = "text"  # the feature that holds the text
@@ -45,13 +47,24 @@ class TfdsSet:
     def documents(self) -> Iterator[Document]:
         for split in self._splits:
             kind = split if "validation" in self._splits else "" if split == "train" else split
-            for index, record in enumerate(self._builder.as_data_source(split)):
-                try:
-                    yield Document(record[self.field].decode(), kind)
-                except UnicodeDecodeError as e:
-                    raise UserError(
-                        f"tfds:{self.path}: record {index} of {split} is not UTF-8 at byte {e.start}"
-                    ) from None
+            with self._explain_damage(f"its split {split}"):
+                records = self._builder.as_data_source(split)
+            for index in range(len(records)):
+                with self._explain_damage(f"record {index} of {split}"):
+                    text = records[index][self.field].decode()
+                yield Document(text, kind)
+
+    @contextlib.contextmanager
+    def _explain_damage(self, what: str) -> Iterator[None]:
+        """Names what can't be read, on one line: of a damaged file, TFDS and ArrayRecord raise errors of any kind."""
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            raise UserError(f"tfds:{self.path}: {what} is not UTF-8 at byte {error.start}") from error
+        except (UserError, OSError, MemoryError, tfds.core.registered.DatasetNotFoundError):
+            raise
+        except Exception as error:
+            raise UserError(f"tfds:{self.path}: {what} can't be read: {one_line(error)}") from error
 
     @property
     def _splits(self) -> list[str]:
@@ -65,7 +78,8 @@ class TfdsSet:
         data_dir = self.data_dir or str(tfds.core.constants.DATA_DIR)
         _check_features(user_path(data_dir) / re.split("[:/]", self.path)[0])
         try:
-            builder = tfds.core.read_only_builder.builder_from_files(self.path, data_dir=data_dir)
+            with self._explain_damage(f"its description in {data_dir}"):
+                builder = tfds.core.read_only_builder.builder_from_files(self.path, data_dir=data_dir)
         except tfds.core.registered.DatasetNotFoundError:
             raise UserError(self._explain_missing(data_dir)) from None
         # A data set converted in place has files of both formats, and its description still names the old one.
@@ -104,7 +118,11 @@ class TfdsSet:
 def _check_features(folder: epath.Path) -> None:
     """Raises `UserError` where a data set's features would run code that is not the library's own."""
     for file in (*folder.glob("*/features.json"), *folder.glob("*/*/features.json")):  # with and without a config
-        for name in _class_names(json.loads(file.read_text())):
+        try:
+            features = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file} is not JSON: {error}") from error
+        for name in _class_names(features):
             if not re.fullmatch(r"tensorflow_datasets\.core\.features\.[\w.]+", str(name)):
                 raise UserError(f"{file} names the feature {name!r}; only those of tensorflow_datasets can be read")
 

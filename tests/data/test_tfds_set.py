@@ -127,3 +127,18 @@ def test_a_feature_may_be_called_type(data_dir, tmp_path):
     file.write_text(json.dumps(description))
     with pytest.raises(UserError, match="no text feature 'titel'"):  # past the check of the features
         TfdsSet("tiny_stories/all", data_dir=str(tmp_path), field="titel").fingerprint()
+
+
+@pytest.mark.parametrize(
+    "file", ["features.json", "dataset_info.json", "tiny_stories-train.array_record-00000-of-00001"]
+)
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"null", b"{}", b'"x"', b'{"a":' * 20_000, b"half"]
+)
+def test_a_damaged_set_is_named_on_one_line(data_dir, tmp_path, file, content):
+    shutil.copytree(f"{data_dir}/tiny_stories", tmp_path / "tiny_stories")
+    damaged = tmp_path / "tiny_stories/all/1.2.0" / file
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
+    said = message("tiny_stories/all", str(tmp_path))
+    assert any(words in said for words in ("can't be read", "is not UTF-8", f"{damaged} is not JSON"))

@@ -13,7 +13,7 @@ from etils import epath
 from sparse_lm.config import Config, choice, resolve
 from sparse_lm.errors import UserError
 from sparse_lm.runs.checkpoints import Checkpoints
-from sparse_lm.runs.folder import RunFolder, Table, read_config, read_rows, read_summary
+from sparse_lm.runs.folder import RunFolder, Table, read_config, read_evaluation_rows, read_rows, read_summary
 
 INFO = {"versions": {"jax": "1"}, "fingerprint": "abc", "devices": ["cpu"]}
 
@@ -101,7 +101,7 @@ def test_others_than_the_primary_write_nothing(tmp_path):
     with RunFolder(tmp_path / "run", config(), INFO, primary=False) as folder:
         folder.append("metrics", {"step": 1})
         folder.rewind(0)
-        folder.finish({})
+        folder.finish({}, {})
     assert not (tmp_path / "run").exists()
 
 
@@ -191,12 +191,13 @@ def test_a_line_that_is_not_json_is_named(tmp_path):
 def test_the_summary_marks_a_finished_run_until_it_goes_on(tmp_path):
     with RunFolder(tmp_path, config(), INFO) as folder:
         assert folder.summary() is None
-        folder.finish({"loss": np.float32(1.5), "speedup": math.inf})
+        folder.finish({"loss": np.float32(1.5), "speedup": math.inf}, {"validation": {"tokens": np.arange(3)}})
     assert read_summary(tmp_path) == {"loss": 1.5, "speedup": None}
+    assert read_evaluation_rows(tmp_path)["validation"]["tokens"].tolist() == [0, 1, 2]
     with RunFolder(tmp_path, config(), INFO) as folder:
         assert folder.summary() == {"loss": 1.5, "speedup": None}
         folder.rewind(5)
-        assert folder.summary() is None
+        assert folder.summary() is None and read_evaluation_rows(tmp_path) == {}
 
 
 def test_a_run_that_fails_before_it_begins_leaves_no_folder(tmp_path):
@@ -275,5 +276,5 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
     with RunFolder(tmp_path, config(), INFO) as folder:
         monkeypatch.setattr(type(folder.path), "replace", full)
         with pytest.raises(OSError, match="No space left"):
-            folder.finish({"loss": 1.0})
+            folder.finish({"loss": 1.0}, {})
     assert sorted((p.name, p.read_text()) for p in tmp_path.iterdir()) == before
