@@ -1,6 +1,6 @@
 """Reads the config.json of this and earlier versions. Imports no jax.
 
-A missing field takes the default it had when it was added, a renamed field is translated, and an unknown field is an
+A missing field takes the value that keeps what the run did, a renamed field is translated, and an unknown field is an
 error. So a stored config keeps its meaning.
 """
 
@@ -20,10 +20,11 @@ from sparse_lm.errors import UserError, suggest
 # never used for another field.
 RENAMED: dict[str, str] = {}
 
-# The default that a field had when it was added, where it has changed.
+# What a run that lacks a field did, where that is not the default of today.
 FIRST_DEFAULTS: dict[str, Any] = {
     "model.executor": "gather",
     "model.eval_capacity_factor": 2.0,
+    "evaluation.final_rows": 1,  # no more than evaluation.rows
 }
 
 
