@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import tempfile
 import venv
 
@@ -11,7 +12,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes nearly all the time of tests this small. Processes that tests start inherit what is set here, and
 # pytest's workers the folder, so what one of them has compiled the others read.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"  # half the time
+FUSED_AS_FOR_USERS = "FUSED_AS_FOR_USERS"  # set where tests are not to be compiled in half the time
+OLDER_EMITTERS = " --xla_cpu_use_fusion_emitters=false"
+if FUSED_AS_FOR_USERS not in os.environ:
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "").removesuffix(OLDER_EMITTERS) + OLDER_EMITTERS
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
@@ -66,3 +70,16 @@ def few_programs():
         import jax
 
         jax.clear_caches()
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    """Runs a test that is marked as `bit_for_bit` in a process of its own: programs that are the same mathematics are
+    the same in every bit where XLA fuses as it does for users, and not with its older emitters."""
+    if FUSED_AS_FOR_USERS in os.environ or pyfuncitem.get_closest_marker("bit_for_bit") is None:
+        return None
+    flags = os.environ["XLA_FLAGS"].removesuffix(OLDER_EMITTERS)
+    environment = os.environ | {"XLA_FLAGS": flags, FUSED_AS_FOR_USERS: "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", pyfuncitem.nodeid]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True

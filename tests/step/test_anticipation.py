@@ -137,6 +137,7 @@ def test_while_on_experts_are_chosen_by_the_parameters_of_some_steps_before(name
     assert changed  # some of these steps would choose otherwise by themselves
 
 
+@pytest.mark.bit_for_bit
 def test_all_but_the_choice_is_of_the_parameters_of_the_step():
     """It is the step, bit for bit, with choices given that the parameters of some steps before make, and no other."""
     name, step = "experts choose", SPIKE + AHEAD + 1
@@ -228,6 +229,7 @@ def text_config(tmp_path):
     return make
 
 
+@pytest.mark.bit_for_bit
 def test_a_run_goes_on_within_it_and_its_steps_are_replayed(text_config, tmp_path):
     whole, parted = str(tmp_path / "whole"), str(tmp_path / "parted")
     runs.train(text_config(training__steps=12), whole)

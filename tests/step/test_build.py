@@ -185,6 +185,7 @@ def recorded():
     return build, state, batch, build.record(copied(state), batch)
 
 
+@pytest.mark.bit_for_bit
 def test_a_recorded_step_is_the_step(recorded):
     build, state, batch, (after, metrics, seen) = recorded
     stepped, same_metrics = build.step(copied(state), batch)
