@@ -90,7 +90,7 @@ def test_what_can_not_be_known_is_said():
 @pytest.mark.parametrize("rows", [64, 10_000])
 def test_intervals_cover_as_stated(rows, seeds, noise):
     """The true mean, 0; and so a verdict where there is no difference is as rare as stated."""
-    draws = 600 if rows > 64 else 3000
+    draws = 400 if rows > 64 else 2000
     covered = cover(noise, seeds, rows, draws)
     # Three standard deviations of the count; an interval between two kinds of noise may be wide.
     spread = 3 * math.sqrt(0.95 * 0.05 / draws)
