@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_lm import __version__, stored_config
-from sparse_lm.config import Config, Data, Model, from_dict, identity_fields, resolve, to_dict
+from sparse_lm.config import Config, Data, Evaluation, Model, from_dict, identity_fields, resolve, to_dict
 from sparse_lm.errors import UserError
 
 ARCHIVES = sorted((pathlib.Path(__file__).parent / "fixtures/runs").glob("*.tar.xz"))
@@ -25,6 +25,7 @@ ADDED = {
     "model.shared_experts": 0,
     "model.balance_over": "group",
     "model.exchange_buffer": float("inf"),
+    "evaluation.final_rows": 1,
     "training.anticipation.ahead": 0,
     "training.anticipation.spike": 1.0,
     "training.anticipation.steps": 200,
@@ -76,8 +77,9 @@ def test_a_config_from_before_a_field_is_of_the_same_identity_as_one_with_its_de
     assert not any("tokenizer" in path for path in identity_fields(config))
 
 
-def test_what_is_missing_takes_the_default_it_had_when_it_was_added():
-    expected = Config(model=Model(executor="gather", eval_capacity_factor=2.0))
+def test_what_is_missing_takes_the_value_that_keeps_what_the_run_did():
+    model = Model(executor="gather", eval_capacity_factor=2.0)
+    expected = Config(model=model, evaluation=Evaluation(final_rows=1))
     assert from_dict({}) == expected != Config()
     assert from_dict({"model": {"width": 64}, "optimizer": {"router": {}}}).model == Model(
         width=64, executor="gather", eval_capacity_factor=2.0
