@@ -235,14 +235,16 @@ def _mesh(options: flags.FlagValues) -> Mesh | None:
     return Mesh(**given) if given else None
 
 
-def _join_processes(options: flags.FlagValues) -> None:
+def _join_processes(options: flags.FlagValues) -> contextlib.AbstractContextManager:
     import jax
 
+    from sparse_lm.runs.peers import watch_peers
     from sparse_lm.runs.processes import join_processes
 
     join_processes(options.distributed, options.coordinator, options.processes, options.process)
     if jax.process_index() > 0:
         logging.getLogger("sparse_lm").setLevel(logging.WARNING)
+    return watch_peers()
 
 
 def _is_primary() -> bool:
@@ -304,7 +306,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _exit(error: Any, code: int) -> None:
-    print(f"sparse-lm: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"sparse-lm: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        os._exit(code)  # jax would wait for the other processes, which may be gone
     sys.exit(code)
 
 
@@ -380,5 +384,5 @@ def _dispatch(argv: list[str]) -> None:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             contexts.enter_context(quiet_orbax())
         if command.distributed and not folders:
-            _join_processes(values)
+            contexts.enter_context(_join_processes(values))
         command.run(values, *([folders] if name == "compare" else []))

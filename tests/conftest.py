@@ -33,6 +33,7 @@ FOR_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "XLA_FLAGS": "",  # libtpu aborts at those of the CPU
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here uses a TPU that another process could hold
 }
 

@@ -1,7 +1,10 @@
 """Two processes of four devices each are one process of eight."""
 
 import json
+import resource
 import socket
+import subprocess
+import time
 
 import jax
 import numpy as np
@@ -13,13 +16,19 @@ from tests import commands
 MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.expert=2"]
 
 
-def run_in_two_processes(*arguments) -> list[str]:
+def start_two_processes(*arguments, apart=0.0, of_first=None) -> list[subprocess.Popen]:
+    """The command in two processes, the second so many seconds later, the first with other options of Popen."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     join = lambda i: [f"--coordinator=localhost:{port}", "--processes=2", f"--process={i}"]
-    processes = [commands.start(*arguments, *join(i), devices=4) for i in range(2)]
-    return [commands.finish(process) for process in processes]
+    first = commands.start(*arguments, *join(0), devices=4, **of_first or {})
+    time.sleep(apart)
+    return [first, commands.start(*arguments, *join(1), devices=4)]
+
+
+def run_in_two_processes(*arguments) -> list[str]:
+    return [commands.finish(process) for process in start_two_processes(*arguments)]
 
 
 def train_in_two_processes(config, workdir, *arguments) -> list[str]:
@@ -63,3 +72,55 @@ def test_two_processes_compare_as_one_does(tmp_path):
     found, expected = (r["differences"]["validation"] for r in (two, one))
     assert found["rows"] == expected["rows"] and found["per_seed"] == pytest.approx(expected["per_seed"], abs=1e-4)
     assert (tmp_path / "two/comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_every_other_command_with_two_processes_says_what_one_does(tmp_path):
+    config, run = commands.write_config(tmp_path, steps=10), f"--workdir={tmp_path}/run"
+    train_in_two_processes(config, tmp_path / "run")
+    assert "is finished" in train_in_two_processes(config, tmp_path / "run")[0]
+    one = commands.run("evaluate", run, devices=8)
+    first, second = run_in_two_processes("evaluate", run)
+    loss = lambda said: json.loads(said[said.index("{") : said.rindex("}") + 1])["evaluation"]["validation"]["loss"]
+    assert loss(first) == pytest.approx(loss(one), rel=1e-5) and "{" not in second
+
+
+@pytest.mark.slow
+def test_a_process_that_comes_a_minute_later_is_waited_for(tmp_path):
+    config = commands.write_config(tmp_path, steps=10)
+    arguments = ["train", f"--config={config}", f"--workdir={tmp_path}/run", *MESH]
+    for process in start_two_processes(*arguments, apart=60.0):
+        commands.finish(process)
+    assert len(curve(tmp_path / "run")) == 10
+
+
+LONG = ["--config.training.steps=1000000", "--config.checkpoints.every=1000000", "--config.evaluation.every=1000000"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_in_one_process_ends_both(tmp_path):
+    config = commands.write_config(tmp_path)
+    arguments = ["train", f"--config={config}", f"--workdir={tmp_path}/run", *MESH, *LONG]
+    commands.run(
+        *arguments, "--config.training.steps=1", f"--workdir={tmp_path}/before", devices=8
+    )  # prepares the text
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    first, second = start_two_processes(*arguments, of_first={"preexec_fn": full})
+    assert "File too large" in commands.finish(first, 2)
+    said = commands.finish(second, 1)
+    assert "process 0 failed: " in said and "File too large" in said and "Traceback" not in said
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_other(tmp_path):
+    config = commands.write_config(tmp_path)
+    first, second = start_two_processes("train", f"--config={config}", f"--workdir={tmp_path}/run", *MESH, *LONG)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert first.poll() is second.poll() is None
+        time.sleep(0.5)
+    second.kill()
+    said = commands.finish(first, 1)  # within 300 s
+    assert "sparse-lm: this process lost the others" in said and "Traceback" not in said
+    second.communicate()

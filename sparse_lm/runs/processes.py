@@ -19,7 +19,7 @@ from sparse_lm.errors import RunFailed, UserError, one_line
 log = logging.getLogger("sparse_lm")
 
 JOINED_WITHIN = 300  # seconds
-TIMEOUT = 600.0  # seconds; longer than any process does without the others (waiting for a claim to lapse: 180 s)
+TIMEOUT = 3600.0  # seconds; longer than any process does without the others; one that is gone is noticed by `peers`
 
 _numbers = itertools.count()
 

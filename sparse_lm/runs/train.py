@@ -25,7 +25,7 @@ from sparse_lm.runs.folder import RunFolder
 from sparse_lm.runs.loop import Moment, loop
 from sparse_lm.runs.measures import evaluate_rows, final_rows
 from sparse_lm.runs.parent import find_parent, initial_state
-from sparse_lm.runs.processes import ask_primary, together
+from sparse_lm.runs.processes import ask_primary, exchange, together
 from sparse_lm.runs.progress import Progress, duration
 from sparse_lm.runs.sinks import TensorBoard
 from sparse_lm.runs.snapshot import restore_state
@@ -97,6 +97,7 @@ def train(config: configs.Config, workdir: epath.PathLike, init_from: str = "") 
         keep_tokenizer(folder, corpus.tokenizer, tokenizer)
         with clock.phase("compilation", "compiling the step"):
             step = program.step.lower(program.abstract_state, program.abstract_batch).compile()
+            exchange("compiled", None)  # one may have found it compiled; on CPUs a step waits 30 s for its peers
         if signal.number and jax.process_count() == 1:
             raise Stopped(f"{workdir}: stopped before a step was done", signal.exit_code)
         shown = config.logging.progress and primary
