@@ -47,7 +47,8 @@ class Node:
             raise AttributeError(f"{type(self).__name__} has no field {name!r}{suggest(name, names)}")
         if getattr(self, "_frozen", False):
             raise AttributeError(f"the config is frozen: {name} can't be set; use dataclasses.replace and resolve")
-        if issubclass(kind := names[name].type, Node) and not isinstance(value, kind):
+        kind = names[name].type  # tuple[str, …] is no class
+        if isinstance(kind, type) and issubclass(kind, Node) and not isinstance(value, kind):
             raise TypeError(f"{type(self).__name__}.{name} is {value!r}; it must be a {kind.__name__}")
         object.__setattr__(self, name, value)
 
