@@ -28,7 +28,10 @@ def test_the_main_job_on_a_newer_python(tmp_path):
     python, *_ = newer_pythons()
     subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info"))
+    source.mkdir()
+    for name in ("setup.py", "README.md"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "sparse_lm", source / "sparse_lm")
     subprocess.run([tmp_path / "venv/bin/pip", "install", "-q", source], check=True)
     config = commands.write_config(tmp_path)
     compare = [tmp_path / "venv/bin/sparse-lm", "compare", f"--config={config}", f"--workdir={tmp_path}/compare"]
