@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from sparse_lm.cost.info import format_table
-from sparse_lm.scaling.statistics import SAME, mean_interval, measure_noise, verdict
+from sparse_lm.scaling.statistics import SAME, judge_difference, mean_interval, measure_noise
 
 TOKENS = 128.0  # of a row
 # Standard deviations of seeds, of documents, and of what single seeds make of single rows, for 64 rows.
@@ -34,7 +34,7 @@ SKEWED = {
 }
 
 
-def cover(noise: str, seeds: int, rows: int, draws: int, of_seed: Callable = SKEWED["normal"]) -> float:
+def simulate_coverage(noise: str, seeds: int, rows: int, draws: int, of_seed: Callable = SKEWED["normal"]) -> float:
     """Simulates comparisons without a difference and returns the share of those in which none is seen.
 
     Args:
@@ -54,7 +54,7 @@ def cover(noise: str, seeds: int, rows: int, draws: int, of_seed: Callable = SKE
             losses = losses + rest * scale * rng.normal(size=(seeds, rows))
         losses = losses * TOKENS
         center = losses.sum() / (seeds * tokens.sum())
-        right += verdict(center, mean_interval(center, measure_noise(losses, tokens), seeds, rows)) == SAME
+        right += judge_difference(center, mean_interval(center, measure_noise(losses, tokens), seeds, rows)) == SAME
     return right / draws
 
 
@@ -64,10 +64,10 @@ def main() -> None:
     values(sys.argv)
     sizes = [(seeds, rows) for rows in (64, 10_000) for seeds in (2, 3, 10)]
     head = ["noise", *(f"{seeds} seeds, {rows:,} rows" for seeds, rows in sizes)]
-    table = [[noise, *(f"{cover(noise, *size, values.draws):.3f}" for size in sizes)] for noise in NOISES]
+    table = [[noise, *(f"{simulate_coverage(noise, *size, values.draws):.3f}" for size in sizes)] for noise in NOISES]
     print(format_table([head, *table]), end="\n\n")
     counts = (2, 3, 5, 10, 20)
-    rates = lambda draw: [f"{1 - cover('seeds', seeds, 8, values.draws, draw):.3f}" for seeds in counts]
+    rates = lambda draw: [f"{1 - simulate_coverage('seeds', seeds, 8, values.draws, draw):.3f}" for seeds in counts]
     head = ["noise of seeds: verdicts", *(f"{seeds} seeds" for seeds in counts)]
     print(format_table([head, *([name, *rates(draw)] for name, draw in SKEWED.items())]))
 

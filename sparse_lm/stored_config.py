@@ -21,7 +21,7 @@ from sparse_lm.errors import UserError, suggest
 RENAMED: dict[str, str] = {}
 
 # What a run that lacks a field did, where that is not the default of today.
-FIRST_DEFAULTS: dict[str, Any] = {
+EARLIER_VALUES: dict[str, Any] = {
     "model.executor": "gather",
     "model.eval_capacity_factor": 2.0,
     "evaluation.final_rows": 1,  # no more than evaluation.rows
@@ -87,8 +87,8 @@ def _set_fields(node: Any, values: dict, prefix: str = "") -> None:
             _set_fields(getattr(node, f.name), _check_section(path, values.get(f.name, {})), f"{path}.")
         elif f.name in values:
             setattr(node, f.name, _convert_value(path, values[f.name], f.type))
-        elif path in FIRST_DEFAULTS:
-            setattr(node, f.name, _convert_value(path, FIRST_DEFAULTS[path], f.type))
+        elif path in EARLIER_VALUES:
+            setattr(node, f.name, _convert_value(path, EARLIER_VALUES[path], f.type))
 
 
 def _check_section(path: str, value: Any) -> dict:

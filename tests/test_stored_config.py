@@ -86,8 +86,8 @@ def test_what_is_missing_takes_the_value_that_keeps_what_the_run_did():
     )
 
 
-@pytest.mark.parametrize("path, value", list(stored_config.FIRST_DEFAULTS.items()))
-def test_a_first_default_is_of_a_field_and_not_the_default_of_today(path, value):
+@pytest.mark.parametrize("path, value", list(stored_config.EARLIER_VALUES.items()))
+def test_an_earlier_value_is_of_a_field_and_not_the_default_of_today(path, value):
     assert flat(to_dict(Config()))[path] != value
     assert flat(to_dict(from_dict({})))[path] == value
 

@@ -117,13 +117,11 @@ class Evaluate:
         jax.block_until_ready(moment.state)
         seconds, state = self.clock.seconds, moment.state
         with self.clock.phase("evaluation", f"the evaluation after step {moment.step}"):
-            rows = self.program.config.evaluation.rows
-            measured = evaluate_rows(self.program, self.corpus, state.parameters, state.router, self.splits, rows)
-        self.step, model = moment.step, self.program.config.model
-        self.measured = {
-            split: {"step": moment.step, **summarize_rows(model, rows), "seconds": seconds}
-            for split, rows in measured.items()
-        }
+            count = self.program.config.evaluation.rows
+            evaluated = evaluate_rows(self.program, self.corpus, state.parameters, state.router, self.splits, count)
+        measured = summarize_rows(self.program.config.model, evaluated)
+        self.step = moment.step
+        self.measured = {s: {"step": moment.step, **values, "seconds": seconds} for s, values in measured.items()}
         for split, row in self.measured.items():
             self.rows.add_evaluation(split, row)
 
@@ -194,6 +192,6 @@ def summarize(
         "data_wait": min(waited / max(seconds, 1e-9), 1.0),
         "seconds_by_phase": clock.spent,
         "skipped_steps": int(state.skipped),
-        "evaluation": {split: summarize_rows(config.model, rows) for split, rows in evaluated.items()},
+        "evaluation": summarize_rows(config.model, evaluated),
         "parameters": {"total": parameters.total, "active": parameters.active},
     }

@@ -85,7 +85,7 @@ def evaluate(
     return {
         "step": loaded.step,
         "sources": list(sources or config.data.sources),
-        "evaluation": {split: summarize_rows(config.model, rows) for split, rows in evaluated.items()},
+        "evaluation": summarize_rows(config.model, evaluated),
         "leak": leak(config.model, config.model.eval_capacity_factor),
     }
 

@@ -68,13 +68,17 @@ def evaluate_rows(
     return measured
 
 
-def summarize_rows(model: configs.Model, rows: RowMeasures) -> dict[str, Any]:
-    """Means over the tokens of the rows of a split.
+def summarize_rows(model: configs.Model, evaluated: dict[str, RowMeasures]) -> dict[str, dict[str, Any]]:
+    """Means over the tokens of the rows of each split.
 
     loss: nats per token at the evaluation capacity; loss_train_capacity: at the training capacity; bits_per_byte: of
     the text, which does not depend on the tokenizer; rows and tokens: how many; causal: whether loss is of each token
     given the earlier ones alone (`routing.leak`).
     """
+    return {split: _summarize_split(model, rows) for split, rows in evaluated.items()}
+
+
+def _summarize_split(model: configs.Model, rows: RowMeasures) -> dict[str, Any]:
     total = {name: float(rows[name].sum(dtype=np.float64)) for name in rows if name != "place"}
     return {
         "loss": total["cross_entropy"] / total["tokens"],

@@ -38,15 +38,15 @@ def watch_peers() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        others = peers.leave(one_line(error, longest=None))
+        others = peers.announce_end(one_line(error, longest=None))
         if isinstance(error, jax.errors.JaxRuntimeError):  # as when a peer is gone in the middle of a step
             raise RunFailed(others or f"this process lost the others: {one_line(error)}") from error
         raise
-    peers.leave("")
+    peers.announce_end("")
 
 
 class Peers:
-    """Signs of life of this process and of the others, from a thread of its own until `leave`."""
+    """Signs of life of this process and of the others, from a thread of its own until `announce_end`."""
 
     def __init__(self):
         self._client = ocp.multihost.get_jax_distributed_client()
@@ -58,7 +58,7 @@ class Peers:
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
 
-    def leave(self, fault: str) -> str:
+    def announce_end(self, fault: str) -> str:
         """Tells the others that this process leaves, and with a fault waits until they have left or for `LEFT_WITHIN`.
 
         Returns on one line which other process failed before; "" if none did.

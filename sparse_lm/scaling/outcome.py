@@ -18,11 +18,11 @@ from sparse_lm.scaling.curves import speedup
 from sparse_lm.scaling.statistics import (
     NOT_RANKED,
     confidence_interval,
+    judge_difference,
     mean,
     mean_interval,
     measure_noise,
     ratio_interval,
-    verdict,
 )
 
 SPLIT = "validation"  # decides, alone: with a verdict on every split some would be wrong more often than one is
@@ -85,7 +85,7 @@ def compare_sides(sides: dict[str, Sequence[Run]], price_per_hour: float | None 
         **_name("time_speedup", _summarize_ratios(of_pairs(lambda b, r: speedup(b.curve, r.curve, SPLIT, "seconds")))),
         **_name("flops_speedup", _summarize_ratios(of_pairs(_flops_speedup))),
         "decides": SPLIT,
-        "verdict": verdict(judged["mean"], judged["interval"]) if same_task else NOT_RANKED,
+        "verdict": judge_difference(judged["mean"], judged["interval"]) if same_task else NOT_RANKED,
         "differences": differences,
         "config_differences": config_differences(baseline[0].config, runs[0].config),
     }

@@ -10,7 +10,7 @@ from sparse_lm.cost.info import format_quantity, format_table
 from sparse_lm.runs.folder import write_whole
 from sparse_lm.scaling.outcome import Run
 from sparse_lm.scaling.picture import plot_comparison
-from sparse_lm.scaling.statistics import BETTER, NOT_RANKED, SAME, STRETCHES, WORSE
+from sparse_lm.scaling.statistics import BETTER, NOT_RANKED, SAME, WORSE, count_stretches
 
 Comparison = dict[str, Any]
 
@@ -196,7 +196,7 @@ def _noise_lines(result: Comparison) -> list[str]:
     if rows:
         lines += [
             "Intervals of losses hold two kinds of noise: of the seed, and of the text, which all runs share. Text is "
-            f"compared in {min(STRETCHES, rows)} stretches of neighbouring rows, since rows of one document resemble "
+            f"compared in {count_stretches(rows)} stretches of neighbouring rows, since rows of one document resemble "
             "each other.",
             "",
         ]

@@ -54,6 +54,11 @@ def ratio_interval(ratios: Sequence[float], level: float = LEVEL) -> tuple[float
     return math.exp(mean(logs)), bounds and (math.exp(bounds[0]), math.exp(bounds[1]))
 
 
+def count_stretches(rows: int) -> int:
+    """How many stretches of text so many rows make."""
+    return min(STRETCHES, rows)
+
+
 def measure_noise(losses: Float[np.ndarray, "S R"], tokens: Float[np.ndarray, " R"]) -> Noise:
     """Splits the noise of a mean loss per token into that of seeds and that of text.
 
@@ -64,7 +69,7 @@ def measure_noise(losses: Float[np.ndarray, "S R"], tokens: Float[np.ndarray, " 
         losses: summed over the tokens of each row, in the order of the text; of S seeds, or differences of two sides.
         tokens: of each row.
     """
-    seeds, stretches = len(losses), min(STRETCHES, len(tokens))
+    seeds, stretches = len(losses), count_stretches(len(tokens))
     starts = np.arange(stretches) * len(tokens) // stretches
     losses, tokens = np.add.reduceat(losses, starts, axis=1), np.add.reduceat(tokens, starts)
     # What each seed and stretch moves the ratio of sums by, to first order: stretches have different numbers of tokens.
@@ -94,11 +99,11 @@ def mean_interval(
     quantile = lambda n: float(stats.t.ppf((1 + level) / 2, n - 1))
     half = quantile(seeds) * noise.seeds
     if noise.text:
-        half = math.hypot(half, quantile(min(STRETCHES, rows)) * noise.text)
+        half = math.hypot(half, quantile(count_stretches(rows)) * noise.text)
     return center - half, center + half
 
 
-def verdict(center: float | None, bounds: tuple[float, float] | None) -> str:
+def judge_difference(center: float | None, bounds: tuple[float, float] | None) -> str:
     """Judges a mean difference of losses: `BETTER` or `WORSE` only if its interval excludes 0.
 
     Args:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from sparse_lm import config as configs
 from sparse_lm.models import Functional
@@ -175,7 +175,7 @@ def anticipate(
         return anticipation.update(state.anticipation, options, state.step, cross_entropy, later)
 
 
-def evaluate_batch(recipe: Recipe, parameters: dict, router: dict, batch: Batch) -> dict[str, Float[Array, " B"]]:
+def evaluate_batch(recipe: Recipe, parameters: dict, router: dict, batch: Batch) -> dict[str, Num[Array, " B"]]:
     """Sums over each row: cross_entropy at the evaluation's capacity and at the training's, tokens, bytes."""
     model = recipe.config.model
     run = lambda factor: loss(parameters, recipe.functional, router, batch, factor, None)[1]["token_losses"].sum(1)

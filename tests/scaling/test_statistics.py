@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.coverage import NOISES, cover
+from experiments.coverage import NOISES, simulate_coverage
 from sparse_lm.scaling.statistics import (
     BETTER,
     DIVERGED,
@@ -13,11 +13,11 @@ from sparse_lm.scaling.statistics import (
     WORSE,
     Noise,
     confidence_interval,
+    judge_difference,
     mean,
     mean_interval,
     measure_noise,
     ratio_interval,
-    verdict,
 )
 
 
@@ -91,7 +91,7 @@ def test_what_can_not_be_known_is_said():
 def test_intervals_cover_as_stated(rows, seeds, noise):
     """The true mean, 0; and so a verdict where there is no difference is as rare as stated."""
     draws = 400 if rows > 64 else 2000
-    covered = cover(noise, seeds, rows, draws)
+    covered = simulate_coverage(noise, seeds, rows, draws)
     # Three standard deviations of the count; an interval between two kinds of noise may be wide.
     spread = 3 * math.sqrt(0.95 * 0.05 / draws)
     assert covered > 0.95 - spread
@@ -114,15 +114,15 @@ def test_intervals_cover_as_stated(rows, seeds, noise):
     ],
 )
 def test_words_are_used_only_where_noise_allows(differences, word):
-    assert verdict(mean(differences), confidence_interval(differences)) == word
+    assert judge_difference(mean(differences), confidence_interval(differences)) == word
 
 
 def test_a_loss_that_is_not_finite_has_a_word_of_its_own():
-    assert verdict(None, None) == DIVERGED
+    assert judge_difference(None, None) == DIVERGED
 
 
 def test_noise_of_text_takes_a_verdict_back():
     seeds = Noise(seeds=0.005, text=0.0)
-    assert verdict(-0.03, mean_interval(-0.03, seeds, 3, 64)) == BETTER
-    assert verdict(0.03, mean_interval(0.03, seeds, 3, 64)) == WORSE
-    assert verdict(-0.03, mean_interval(-0.03, Noise(seeds=0.005, text=0.011), 3, 64)) == SAME
+    assert judge_difference(-0.03, mean_interval(-0.03, seeds, 3, 64)) == BETTER
+    assert judge_difference(0.03, mean_interval(0.03, seeds, 3, 64)) == WORSE
+    assert judge_difference(-0.03, mean_interval(-0.03, Noise(seeds=0.005, text=0.011), 3, 64)) == SAME
