@@ -3,8 +3,12 @@
 import os
 import pathlib
 import random
+import shutil
+import socket
 import subprocess
 import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 CONFIG = """
 from sparse_lm.config import *
@@ -34,6 +38,20 @@ def write_config(folder: pathlib.Path, steps: int = 20, model: str = "") -> path
     file = folder / "config.py"
     file.write_text(CONFIG.format(text=text, cache=folder / "cache", steps=steps, model=model))
     return file
+
+
+def copy_source(folder: pathlib.Path) -> pathlib.Path:
+    """Copies what an installation is made of to a new folder."""
+    shutil.copytree(ROOT / "sparse_lm", folder / "sparse_lm")
+    for name in ("setup.py", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def start(*arguments: str, devices: int = 1, **options) -> subprocess.Popen:

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,13 +43,12 @@ def tpu_compiler(tmp_path_factory):
     """Runs a script where libtpu is installed, in an environment of its own, and returns what it prints."""
     import jax
 
+    from tests.commands import copy_source
+
     folder = tmp_path_factory.mktemp("tpu")
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv/bin/python"
-    shutil.copytree(ROOT / "sparse_lm", folder / "source/sparse_lm")
-    for name in ("setup.py", "README.md"):
-        shutil.copy(ROOT / name, folder / "source")
-    packages = [folder / "source", f"jax=={jax.__version__}", "libtpu"]
+    packages = [copy_source(folder / "source"), f"jax=={jax.__version__}", "libtpu"]
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-compile", *packages], check=True)
 
     def run(script: str, *arguments: str) -> str:

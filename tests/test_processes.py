@@ -2,7 +2,6 @@
 
 import json
 import resource
-import socket
 import subprocess
 import time
 
@@ -18,9 +17,7 @@ MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.expert=2"
 
 def start_two_processes(*arguments, apart=0.0, of_first=None) -> list[subprocess.Popen]:
     """The command in two processes, the second so many seconds later, the first with other options of Popen."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = commands.free_port()
     join = lambda i: [f"--coordinator=localhost:{port}", "--processes=2", f"--process={i}"]
     first = commands.start(*arguments, *join(0), devices=4, **of_first or {})
     time.sleep(apart)

@@ -10,7 +10,6 @@ import pytest
 
 from tests import commands
 
-ROOT = pathlib.Path(__file__).parents[1]
 MINORS = [minor for minor in (14, 13, 12) if minor > sys.version_info.minor]
 
 
@@ -27,11 +26,7 @@ def test_the_main_job_on_a_newer_python(tmp_path):
     """Installs into an environment of its own and compares two small models. Fails where no newer Python is found."""
     python, *_ = newer_pythons()
     subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("setup.py", "README.md"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "sparse_lm", source / "sparse_lm")
+    source = commands.copy_source(tmp_path / "source")
     subprocess.run([tmp_path / "venv/bin/pip", "install", "-q", source], check=True)
     config = commands.write_config(tmp_path)
     compare = [tmp_path / "venv/bin/sparse-lm", "compare", f"--config={config}", f"--workdir={tmp_path}/compare"]

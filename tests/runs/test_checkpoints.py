@@ -2,7 +2,6 @@ import gc
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from sparse_lm.errors import UserError
 from sparse_lm.runs import checkpoints as checkpoints_module
 from sparse_lm.runs.checkpoints import Checkpoints
 from sparse_lm.runs.quiet import quiet_orbax
+from tests.commands import free_port
 
 ITEMS = {
     "params": {
@@ -406,9 +406,7 @@ def test_restores_onto_another_mesh_and_another_number_of_processes_and_back(tmp
     with Checkpoints(tmp_path, keep=9) as checkpoints:
         checkpoints.save(1, items, {})
     run(ELSEWHERE, tmp_path, devices=8)
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     command = [sys.executable, "-c", ELSEWHERE, str(tmp_path), address]
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
     pair = [

@@ -2,12 +2,13 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
+
+from tests.commands import free_port
 
 SCRIPT = """
 import sys, time
@@ -50,9 +51,7 @@ except Exception as error:
     ],
 )
 def test_the_other_ends_with_it(act, code, said, printed):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     start = lambda i: subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(port), str(i), act],
         stdout=subprocess.PIPE,

@@ -1,6 +1,5 @@
 """What processes tell each other arrives in all of them, and a failure in one ends all."""
 
-import socket
 import subprocess
 import sys
 
@@ -8,6 +7,7 @@ import pytest
 
 from sparse_lm.errors import UserError
 from sparse_lm.runs.processes import ask_primary, exchange, together
+from tests.commands import free_port
 
 SCRIPT = """
 import sys
@@ -42,9 +42,7 @@ def test_one_process_has_nobody_to_ask():
 
 
 def test_all_learn_what_each_says_and_fail_with_the_one_that_fails():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     start = lambda i: subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(port), str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

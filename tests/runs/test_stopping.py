@@ -1,6 +1,5 @@
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +9,7 @@ import pytest
 
 from sparse_lm.errors import Stopped
 from sparse_lm.runs.stopping import StopSignal
+from tests.commands import free_port
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -71,9 +71,7 @@ sys.exit(stop.exit_code)
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_process_gets_the_signal_and_all_leave_at_the_same_step(count):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     command = [sys.executable, "-c", TRAIN, address, str(count)]
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
