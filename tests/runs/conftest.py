@@ -8,7 +8,9 @@ import pytest
 
 from sparse_lm import config as configs
 from sparse_lm import runs
+from sparse_lm.runs.checkpoints import Checkpoints
 from tests import tiny
+from tests.runs.saved import shifted
 
 WORDS = "the cat sat on a mat and then went away to see what other cats do all day long".split()
 
@@ -61,3 +63,12 @@ def trained(config, tmp_path_factory) -> pathlib.Path:
     summary = runs.train(config(), path)
     assert json.loads((path / "summary.json").read_text()) == summary
     return path
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Checkpoints 1 and 2, in that order."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, shifted(1), {"at": 1})
+        checkpoints.save(2, shifted(2), {"at": 2})
+    return tmp_path
