@@ -9,8 +9,11 @@ import pytest
 
 from tests import commands
 
-# The interpreter's own start swallows an interrupt in a .pth file.
+# After the interpreter's own start, which is not ours; and as in a terminal, where tests run in a script's background,
+# whose processes ignore the signal.
 START = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from sparse_lm.__main__ import main
 print("begins", flush=True)
 main()
